@@ -1,0 +1,58 @@
+SHELL = /bin/bash
+LINT_PATHS = sb3_flow tests benchmarks setup.py docs/conf.py
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+# make train
+ALGO ?= fpo
+ENV ?= HalfCheetah-v5
+STEPS ?= 300000
+LOGS ?= logs
+# make train RESUME=1 goes on from the last checkpoint of the latest run
+RESUME ?=
+
+# A virtual environment with all that the targets below need
+$(BIN)/sb3-flow: setup.py
+	$(PYTHON) -m venv $(VENV)
+	# First, and pinned: an open range would pull gigabytes of CUDA libraries
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[mujoco,dmc,zoo,solvers,plots,docs,tests]"
+	touch $@
+
+install: $(BIN)/sb3-flow
+
+# One thread is faster than several for networks of this size
+train: install
+	$(BIN)/sb3-flow train --algo $(ALGO) --env $(ENV) --n-timesteps $(STEPS) --log-folder $(LOGS) --num-threads 1 \
+		--progress $(if $(RESUME),--resume)
+	$(BIN)/sb3-flow evaluate --algo $(ALGO) --env $(ENV) --folder $(LOGS)
+
+pytest = $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test: install
+	$(pytest) -m "not slow"
+
+test-slow: install
+	$(pytest) -m slow
+
+lint: install
+	$(BIN)/ruff check $(LINT_PATHS)
+	$(BIN)/black --check --quiet $(LINT_PATHS)
+
+format: install
+	$(BIN)/ruff check --select I --fix $(LINT_PATHS)
+	$(BIN)/black $(LINT_PATHS)
+
+type: install
+	$(BIN)/mypy $(LINT_PATHS)
+
+doc: install
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+commit-checks: format type lint
+
+clean:
+	rm -rf $(VENV) docs/_build build *.egg-info
+
+.PHONY: install train test test-slow lint format type doc commit-checks clean

@@ -1,0 +1,190 @@
+"""
+Conditional flow matching with the linear (rectified flow) probability path.
+
+Convention, everywhere in this package: ``t = 1`` is noise and ``t = 0`` is the action.
+
+.. math::
+    x_t = t\\,\\epsilon + (1 - t)\\,a, \\qquad u = \\frac{dx_t}{dt} = \\epsilon - a
+
+A network that predicts any one of the velocity :math:`u`, the noise :math:`\\epsilon` or the action :math:`a`
+at a known :math:`(x_t, t)` predicts them all, and their errors differ by a factor of :math:`t` only:
+
+.. math::
+    \\hat\\epsilon - \\epsilon = (1 - t)(\\hat u - u), \\qquad \\hat a - a = -t\\,(\\hat u - u)
+
+so that there is one CFM loss here, whatever the network predicts and whatever the loss supervises.
+
+Papers: Lipman et al., https://arxiv.org/abs/2210.02747; McAllister et al. (FPO), https://arxiv.org/abs/2507.21053
+"""
+
+from collections.abc import Iterable
+
+import torch as th
+
+#: What a network can predict, and what the CFM loss can supervise.
+PREDICTION_TYPES = ("velocity", "noise", "action")
+#: How the squared error is reduced over the action dimensions.
+LOSS_REDUCTIONS = ("mean", "sum", "sqrt")
+#: Where the timesteps of the Monte-Carlo pairs come from.
+TIMESTEP_DISTRIBUTIONS = ("grid", "uniform")
+
+# A noise prediction says nothing about the action at t = 1, nor an action prediction about the noise at t = 0
+# (the conversion divides by 1 - t, or t): such networks are trained and sampled at this distance from there.
+SINGULARITY_MARGIN = 0.05
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """
+    Check that an argument is one of the possible values.
+
+    :param name: Name of the argument, for the error message
+    :param value: Its value
+    :param choices: The possible values
+    :raises ValueError: if it is not, listing the possible values
+    """
+    if value not in choices:
+        raise ValueError(f"Unknown `{name}`: {value!r}, it must be one of {', '.join(map(repr, choices))}")
+
+
+def interpolate(actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    """
+    Point of the probability path, :math:`x_t = t \\epsilon + (1 - t) a`.
+
+    :param actions: (..., action_dim)
+    :param noise: (..., action_dim)
+    :param timesteps: (...,), in [0, 1]
+    :return: (..., action_dim)
+    """
+    return th.lerp(actions, noise, timesteps.unsqueeze(-1))
+
+
+def flow_target(prediction_type: str, actions: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    """
+    What a network of this type is trained to predict.
+
+    :param prediction_type: "velocity", "noise" or "action"
+    :param actions: (..., action_dim)
+    :param noise: (..., action_dim)
+    :return: (..., action_dim)
+    """
+    if prediction_type == "velocity":
+        return noise - actions
+    return (noise if prediction_type == "noise" else actions).expand(th.broadcast_shapes(actions.shape, noise.shape))
+
+
+def to_velocity(output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor | float, prediction_type: str) -> th.Tensor:
+    """
+    The velocity that the output of a network stands for.
+
+    :param output: (..., action_dim)
+    :param x_t: where the network was evaluated, (..., action_dim)
+    :param timesteps: and when: a float, or a tensor that broadcasts with ``output``
+    :param prediction_type: what the network predicts
+    :return: (..., action_dim)
+    """
+    if prediction_type == "velocity":
+        return output
+    if prediction_type == "noise":
+        return (output - x_t) / (1 - timesteps)
+    return (x_t - output) / timesteps
+
+
+def timestep_range(prediction_type: str) -> tuple[float, float]:
+    """
+    Times at which a network of this type can be turned into a velocity, see ``SINGULARITY_MARGIN``.
+
+    :param prediction_type: "velocity", "noise" or "action"
+    :return: smallest and largest timestep
+    """
+    return {
+        "velocity": (0.0, 1.0),
+        "noise": (0.0, 1.0 - SINGULARITY_MARGIN),
+        "action": (SINGULARITY_MARGIN, 1.0),
+    }[prediction_type]
+
+
+def sampler_grid(n_flow_steps: int) -> list[float]:
+    """
+    The times at which Euler's method with ``n_flow_steps`` steps evaluates the velocity: 1, 1 - 1/K, ..., 1/K.
+
+    :param n_flow_steps: Number of steps K
+    :return: K timesteps, from noise to action
+    """
+    return [1.0 - k / n_flow_steps for k in range(n_flow_steps)]
+
+
+def draw_timesteps(
+    shape: tuple[int, ...],
+    distribution: str,
+    n_flow_steps: int,
+    prediction_type: str,
+    device: th.device | str,
+) -> th.Tensor:
+    """
+    Draw the timesteps of the Monte-Carlo pairs.
+
+    :param shape: Shape of the result
+    :param distribution: "grid" draws from the times that the sampler visits (as the authors' code does),
+        "uniform" from [0, 1] (as the paper is written)
+    :param n_flow_steps: Number of steps of the sampler
+    :param prediction_type: what the network predicts, see ``timestep_range``
+    :param device: Device of the result
+    :return: timesteps
+    """
+    if distribution == "grid":
+        timesteps = 1.0 - th.randint(n_flow_steps, shape, device=device) / n_flow_steps
+    else:
+        timesteps = th.rand(shape, device=device)
+    return timesteps.clamp_(*timestep_range(prediction_type))
+
+
+def _error_scale(kind: str, timesteps: th.Tensor) -> th.Tensor | float:
+    """Size of the error in ``kind`` for a unit error in the velocity."""
+    if kind == "velocity":
+        return 1.0
+    return 1 - timesteps if kind == "noise" else timesteps
+
+
+def rescale_error(error: th.Tensor, timesteps: th.Tensor, prediction_type: str, supervision: str) -> th.Tensor:
+    """
+    Turn the error of a network's output into the error of what is supervised (up to its sign).
+
+    :param error: (..., action_dim)
+    :param timesteps: (...,)
+    :param prediction_type: what the network predicts
+    :param supervision: in what the error is wanted
+    :return: (..., action_dim)
+    """
+    if supervision == prediction_type:
+        return error
+    scale = _error_scale(supervision, timesteps) / _error_scale(prediction_type, timesteps)
+    return error * scale.unsqueeze(-1)  # type: ignore[union-attr]
+
+
+def cfm_loss(
+    output: th.Tensor,
+    actions: th.Tensor,
+    noise: th.Tensor,
+    timesteps: th.Tensor,
+    prediction_type: str = "velocity",
+    supervision: str = "velocity",
+    reduction: str = "mean",
+) -> th.Tensor:
+    """
+    Conditional flow matching loss of every (action, noise, timestep), eq. 9 and 17 of the FPO paper.
+
+    :param output: output of the network at ``interpolate(actions, noise, timesteps)``, (..., action_dim)
+    :param actions: (..., action_dim), must broadcast with ``noise``
+    :param noise: (..., action_dim)
+    :param timesteps: (...,)
+    :param prediction_type: what the network predicts
+    :param supervision: whose squared error is the loss
+    :param reduction: over the action dimensions: "mean", "sum", or "sqrt" for the sum over the square root of their number
+    :return: (...,)
+    """
+    error = output - flow_target(prediction_type, actions, noise)
+    squared_error = rescale_error(error, timesteps, prediction_type, supervision).square()
+    if reduction == "mean":
+        return squared_error.mean(dim=-1)
+    loss = squared_error.sum(dim=-1)
+    return loss if reduction == "sum" else loss / squared_error.shape[-1] ** 0.5

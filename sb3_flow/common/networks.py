@@ -1,0 +1,143 @@
+"""Networks: the timestep embedding and the network that a flow is made of."""
+
+import math
+
+import torch as th
+from stable_baselines3.common.torch_layers import create_mlp
+from torch import nn
+
+from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
+from sb3_flow.common.samplers import VelocityField
+
+
+class TimestepEmbedding(nn.Module):
+    """
+    Fourier features of the time: cos and sin of t times 1, 2, 4, ... (authors' code of FPO).
+
+    :param embedding_dim: Number of features, even. 0 gives the time itself, as one feature (FQL).
+    """
+
+    def __init__(self, embedding_dim: int = 8):
+        super().__init__()
+        if embedding_dim < 0 or embedding_dim % 2 != 0:
+            raise ValueError(f"`timestep_embedding_dim` must be even and not negative, it is {embedding_dim}")
+        self.features_dim = embedding_dim or 1
+        self.register_buffer("frequencies", 2.0 ** th.arange(embedding_dim // 2), persistent=False)
+
+    def forward(self, timesteps: th.Tensor) -> th.Tensor:
+        """
+        :param timesteps: (...,)
+        :return: (..., features_dim)
+        """
+        timesteps = timesteps.unsqueeze(-1)
+        if len(self.frequencies) == 0:
+            return timesteps
+        angles = timesteps * self.frequencies
+        return th.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class FlowNetwork(nn.Module):
+    """
+    MLP of (features of the observation, x_t, timestep) whose output is the velocity, the noise or the action.
+
+    Its first layer is linear in the concatenation of its three inputs, so what the features contribute to it
+    is computed once for all the points that share an observation (:meth:`forward`, :meth:`velocity_field`).
+    :meth:`forward_plain` is the same function, written plainly.
+
+    :param features_dim: Number of features of the observation
+    :param action_dim: Number of action dimensions
+    :param net_arch: Number of units of the hidden layers
+    :param activation_fn: Activation function
+    :param timestep_embedding_dim: Number of features of the timestep (0: the timestep itself)
+    :param output_scale: Factor on the output of the last layer
+    """
+
+    def __init__(
+        self,
+        features_dim: int,
+        action_dim: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.SiLU,
+        timestep_embedding_dim: int = 8,
+        output_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.features_dim = features_dim
+        self.action_dim = action_dim
+        self.output_scale = output_scale
+        self.timestep_embedding = TimestepEmbedding(timestep_embedding_dim)
+        input_dim = features_dim + action_dim + self.timestep_embedding.features_dim
+        self.input_layer, *layers = create_mlp(input_dim, action_dim, net_arch, activation_fn)
+        self.layers = nn.Sequential(*layers)
+
+    def forward_plain(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        Output of the network, from the concatenation of its inputs.
+
+        :param features: (batch, features_dim)
+        :param x: (batch, n, action_dim), n points for each observation
+        :param timesteps: (batch, n)
+        :return: (batch, n, action_dim)
+        """
+        features = features.unsqueeze(1).expand(-1, x.shape[1], -1)
+        inputs = th.cat([features, x, self.timestep_embedding(timesteps)], dim=-1)
+        return self.output_scale * self.layers(self.input_layer(inputs))
+
+    def forward(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        Output of the network.
+
+        :param features: (batch, features_dim)
+        :param x: (batch, n, action_dim), n points for each observation
+        :param timesteps: (batch, n)
+        :return: (batch, n, action_dim)
+        """
+        weight = self.input_layer.weight
+        from_features = nn.functional.linear(features, weight[:, : self.features_dim], self.input_layer.bias)
+        points = th.cat([x, self.timestep_embedding(timesteps)], dim=-1)
+        hidden = from_features.unsqueeze(1) + nn.functional.linear(points, weight[:, self.features_dim :])
+        return self.output_scale * self.layers(hidden)
+
+    def velocity_field(self, features: th.Tensor, prediction_type: str, n_flow_steps: int) -> VelocityField:
+        """
+        The velocity field of a batch of observations.
+
+        :param features: (batch, features_dim)
+        :param prediction_type: What this network predicts: "velocity", "noise" or "action"
+        :param n_flow_steps: Prepare for the times that a sampler with this number of steps visits
+        :return: function of x, (batch, action_dim), and the time, a float
+        """
+        first_action, first_time = self.features_dim, self.features_dim + self.action_dim
+        weight = self.input_layer.weight
+        weight_x, weight_t = weight[:, first_action:first_time].t(), weight[:, first_time:]
+        from_features = nn.functional.linear(features, weight[:, :first_action], self.input_layer.bias)
+        earliest, latest = timestep_range(prediction_type)
+
+        def from_features_and_times(times: list[float]) -> tuple[th.Tensor, ...]:
+            embedding = self.timestep_embedding(features.new_tensor(times).clamp(earliest, latest))
+            return (from_features + nn.functional.linear(embedding, weight_t).unsqueeze(1)).unbind()
+
+        grid = sampler_grid(n_flow_steps)
+        prepared = dict(zip(grid, from_features_and_times(grid), strict=True))
+
+        def field(x: th.Tensor, t: float) -> th.Tensor:
+            if t not in prepared:
+                (prepared[t],) = from_features_and_times([t])
+            output = self.output_scale * self.layers(th.addmm(prepared[t], x, weight_x))
+            return to_velocity(output, x, min(max(t, earliest), latest), prediction_type)
+
+        return field
+
+
+def lecun_uniform_init(module: nn.Module) -> None:
+    """
+    LeCun-uniform weights and zero biases (authors' code of FPO), to be used with ``module.apply``.
+
+    :param module: Module whose parameters are set, if it is linear or a convolution
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        fan_in, _ = nn.init._calculate_fan_in_and_fan_out(module.weight)
+        bound = math.sqrt(3.0 / fan_in)
+        nn.init.uniform_(module.weight, -bound, bound)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,69 @@
+"""
+Surrogate objectives: the ratio that stands in for the likelihood ratio, and the trust regions around it.
+
+FPO (https://arxiv.org/abs/2507.21053), Alg. 1: a ratio of exponentials of CFM losses, in PPO's clipped objective.
+FPO++ (https://arxiv.org/abs/2602.02481): one ratio for each Monte-Carlo pair, and the ASPO trust region.
+"""
+
+import torch as th
+
+#: One ratio for each transition (FPO), or for each Monte-Carlo pair (FPO++).
+RATIO_TYPES = ("averaged", "per_sample")
+#: PPO's clip, SPO's quadratic penalty, or PPO's where the advantage is positive and SPO's where it is negative.
+TRUST_REGIONS = ("ppo", "spo", "aspo")
+
+
+def _clip_values(x: th.Tensor, low: float | None, high: float) -> th.Tensor:
+    """Clip, but let the gradient through, as if nothing had been clipped."""
+    return x + (x.detach().clamp(low, high) - x.detach())
+
+
+def flow_ratio(
+    old_loss: th.Tensor,
+    loss: th.Tensor,
+    ratio_type: str = "averaged",
+    cfm_loss_clip: float | None = None,
+    log_ratio_clip: float | None = None,
+) -> th.Tensor:
+    """
+    Ratio of the policies, ``exp(old CFM loss - CFM loss)``.
+
+    :param old_loss: CFM loss of each Monte-Carlo pair under the policy that collected the rollout, (batch, n_mc_samples)
+    :param loss: CFM loss of the same pairs under the current policy, (batch, n_mc_samples)
+    :param ratio_type: "averaged" takes the mean over the pairs before the exponential (FPO, eq. 15),
+        "per_sample" gives one ratio for each pair (FPO++)
+    :param cfm_loss_clip: Upper bound on the losses, before their difference
+    :param log_ratio_clip: Bound on the absolute log-ratio. The gradient passes through, so that a ratio
+        that has gone too far can come back.
+    :return: (batch, 1) for an averaged ratio, (batch, n_mc_samples) for one per sample
+    """
+    if cfm_loss_clip is not None:
+        old_loss, loss = old_loss.clamp(max=cfm_loss_clip), loss.clamp(max=cfm_loss_clip)
+    log_ratio = old_loss - loss
+    if ratio_type == "averaged":
+        log_ratio = log_ratio.mean(dim=1, keepdim=True)
+    if log_ratio_clip is not None:
+        log_ratio = _clip_values(log_ratio, -log_ratio_clip, log_ratio_clip)
+    return log_ratio.exp()
+
+
+def surrogate_objective(ratio: th.Tensor, advantages: th.Tensor, clip_range: float, trust_region: str = "ppo") -> th.Tensor:
+    """
+    Objective of each sample, to be maximised.
+
+    :param ratio: (batch, n)
+    :param advantages: (batch, 1)
+    :param clip_range: Size of the trust region
+    :param trust_region: "ppo": :math:`\\min(r A, \\mathrm{clip}(r, 1-\\varepsilon, 1+\\varepsilon) A)`,
+        "spo": :math:`r A - |A| (r - 1)^2 / (2 \\varepsilon)` (https://arxiv.org/abs/2401.16025),
+        "aspo": the first where A >= 0, the second where A < 0 (FPO++)
+    :return: (batch, n)
+    """
+    unclipped = advantages * ratio
+    if trust_region != "spo":
+        clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+        ppo = th.min(unclipped, clipped)
+        if trust_region == "ppo":
+            return ppo
+    spo = unclipped - advantages.abs() / (2 * clip_range) * (ratio - 1).square()
+    return spo if trust_region == "spo" else th.where(advantages >= 0, ppo, spo)

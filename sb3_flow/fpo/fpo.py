@@ -1,0 +1,460 @@
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from torch.nn import functional as F
+
+from sb3_flow.common.flow import (
+    LOSS_REDUCTIONS,
+    PREDICTION_TYPES,
+    TIMESTEP_DISTRIBUTIONS,
+    cfm_loss,
+    check_choice,
+    draw_timesteps,
+    rescale_error,
+)
+from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, surrogate_objective
+from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
+
+SelfFPO = TypeVar("SelfFPO", bound="FPO")
+
+
+class FlowRollout(NamedTuple):
+    """Transitions of a rollout and their Monte-Carlo pairs. Actions are raw."""
+
+    observations: PyTorchObs
+    actions: th.Tensor
+    old_values: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    #: The pairs, (n_transitions, n_mc_samples, action_dim) and (n_transitions, n_mc_samples)
+    noise: th.Tensor
+    timesteps: th.Tensor
+
+    def select(self, indices: th.Tensor | slice) -> "FlowRollout":
+        observations, *rest = self
+        if isinstance(observations, dict):
+            return FlowRollout({key: obs[indices] for key, obs in observations.items()}, *(x[indices] for x in rest))
+        return FlowRollout(observations[indices], *(x[indices] for x in rest))
+
+
+class FPO(OnPolicyAlgorithm):
+    """
+    Flow Policy Optimization (FPO)
+
+    PPO for flow policies: the likelihood ratio of PPO is replaced by the exponential of the difference
+    between the conditional flow matching losses of the old and of the current policy.
+
+    Paper: https://arxiv.org/abs/2507.21053 (FPO), https://arxiv.org/abs/2602.02481 (FPO++)
+    Reference implementation: https://github.com/akanazawa/fpo
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: The learning rate, it can be a function
+        of the current progress remaining (from 1 to 0)
+    :param n_steps: The number of steps to run for each environment per update
+        (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
+        NOTE: n_steps * n_envs must be greater than 1 (because of the advantage normalization)
+    :param batch_size: Minibatch size
+    :param n_epochs: Number of epoch when optimizing the surrogate loss
+    :param gamma: Discount factor
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
+    :param clip_range: Size of the trust region, it can be a function of the current progress
+        remaining (from 1 to 0). The ratio of FPO is more sensitive than that of PPO: 0.2 is too large for most tasks.
+    :param clip_range_vf: Clipping parameter for the value function,
+        it can be a function of the current progress remaining (from 1 to 0).
+        This is a parameter specific to the OpenAI implementation. If None is passed (default),
+        no clipping will be done on the value function.
+        IMPORTANT: this clipping depends on the reward scaling.
+    :param normalize_advantage: Whether to normalize or not the advantage (in each minibatch)
+    :param vf_coef: Value function coefficient for the loss calculation
+    :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
+    :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
+    :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
+        drawn once per rollout. A small number biases the ratio upwards.
+    :param timestep_distribution: Where the timesteps of the pairs come from: "grid" (the times that the sampler
+        visits, authors' code) or "uniform"
+    :param supervision: What the CFM loss supervises: "velocity", "noise" (authors' default) or "action"
+        (what the network predicts is ``policy_kwargs=dict(prediction_type=...)``)
+    :param loss_reduction: Reduction of the CFM loss over the action dimensions: "mean", "sum",
+        or "sqrt" (the sum over the square root of their number, FPO++)
+    :param ratio_type: "averaged" for one ratio per transition (FPO), "per_sample" for one per Monte-Carlo pair (FPO++)
+    :param trust_region: "ppo" for PPO's clipping, "spo" for the quadratic penalty of SPO,
+        "aspo" for PPO's where the advantage is positive and SPO's where it is negative (FPO++)
+    :param cfm_loss_clip: Upper bound on the CFM losses before they are compared, no bound if None
+    :param log_ratio_clip: Bound on the absolute value of the log-ratio, no bound if None
+    :param positive_advantage: Whether to use ``softplus(advantage)``, which is never negative, in place of the
+        normalized advantage
+    :param ema_decay: Decay, for one gradient step, of an exponential moving average of the actor (FPO++), which is
+        then what predicts, is evaluated and is saved beside the actor. If None (default), no average is kept.
+    :param ema_start: Number of updates (as in ``train/n_updates``) before the averaging starts
+    :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected.
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param target_kl: Limit the pseudo-KL divergence between updates: the mean squared difference between the
+        noise that the old and the current policy predict (FPO++).
+        By default, there is no limit.
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`FlowPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range, or unknown
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+
+    policy: FlowPolicy  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[FlowPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 256,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.05,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        vf_coef: float = 0.25,
+        max_grad_norm: float | None = 0.5,
+        use_sde: bool = False,
+        n_mc_samples: int = 8,
+        timestep_distribution: str = "grid",
+        supervision: str = "noise",
+        loss_reduction: str = "mean",
+        ratio_type: str = "averaged",
+        trust_region: str = "ppo",
+        cfm_loss_clip: float | None = None,
+        log_ratio_clip: float | None = 3.0,
+        positive_advantage: bool = False,
+        ema_decay: float | None = None,
+        ema_start: int = 500,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        if use_sde:
+            raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
+
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=0.0,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
+            use_sde=False,
+            sde_sample_freq=-1,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+            supported_action_spaces=(spaces.Box,),
+        )
+
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.n_mc_samples = n_mc_samples
+        self.timestep_distribution = timestep_distribution
+        self.supervision = supervision
+        self.loss_reduction = loss_reduction
+        self.ratio_type = ratio_type
+        self.trust_region = trust_region
+        self.cfm_loss_clip = cfm_loss_clip
+        self.log_ratio_clip = log_ratio_clip
+        self.positive_advantage = positive_advantage
+        self.ema_decay = ema_decay
+        self.ema_start = ema_start
+        self.target_kl = target_kl
+        self._check_arguments()
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        check_choice("timestep_distribution", self.timestep_distribution, TIMESTEP_DISTRIBUTIONS)
+        check_choice("supervision", self.supervision, PREDICTION_TYPES)
+        check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        check_choice("ratio_type", self.ratio_type, RATIO_TYPES)
+        check_choice("trust_region", self.trust_region, TRUST_REGIONS)
+        for name in ("n_steps", "batch_size", "n_epochs", "n_mc_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, it is {getattr(self, name)}")
+        initial_clip_range = FloatSchedule(self.clip_range)(1.0)
+        if not initial_clip_range > 0:
+            raise ValueError(f"`clip_range` must be positive, it is {initial_clip_range}")
+        for name in ("max_grad_norm", "cfm_loss_clip", "log_ratio_clip", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive (or None), it is {value}")
+        if self.ema_start < 0:
+            raise ValueError(f"`ema_start` must not be negative, it is {self.ema_start}")
+
+        # Sanity check, otherwise it will lead to noisy gradient and NaN
+        # because of the advantage normalization
+        if self.normalize_advantage:
+            assert self.batch_size > 1, "`batch_size` must be greater than 1, or `normalize_advantage` be False"
+
+        if self.env is not None:
+            buffer_size = self.env.num_envs * self.n_steps
+            # Check that `n_steps * n_envs > 1` to avoid NaN
+            # when doing advantage normalization
+            assert buffer_size > 1 or (
+                not self.normalize_advantage
+            ), f"`n_steps * n_envs` must be greater than 1. Currently n_steps={self.n_steps} and n_envs={self.env.num_envs}"
+            # Check that the rollout buffer size is a multiple of the mini-batch size
+            if buffer_size % self.batch_size > 0:
+                warnings.warn(
+                    f"You have specified a mini-batch size of {self.batch_size},"
+                    f" but because the `RolloutBuffer` is of size `n_steps * n_envs = {buffer_size}`,"
+                    f" after every {buffer_size // self.batch_size} untruncated mini-batches,"
+                    f" there will be a truncated mini-batch of size {buffer_size % self.batch_size}\n"
+                    f"We recommend using a `batch_size` that is a factor of `n_steps * n_envs`.\n"
+                    f"Info: (n_steps={self.n_steps} and n_envs={self.env.num_envs})"
+                )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+
+        # Initialize schedules for policy/value clipping
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            if isinstance(self.clip_range_vf, (float, int)):
+                assert self.clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+
+        if self.ema_decay is not None:
+            self.policy.create_ema(self.ema_decay)
+
+    def _maybe_recommend_cpu(self, mlp_class_name: str = "FlowPolicy") -> None:
+        super()._maybe_recommend_cpu(mlp_class_name)
+
+    def train(self) -> None:
+        """
+        Update policy using the currently gathered rollout buffer.
+
+        :raises ValueError: before any weight is changed, if a reward, an observation, a loss or a gradient is not finite
+        """
+        # Update optimizer learning rate
+        self._update_learning_rate(self.policy.optimizer)
+        # Compute current clip range (a schedule may end at zero)
+        clip_range = max(self.clip_range(self._current_progress_remaining), 1e-8)  # type: ignore[operator]
+        # Optional: clip range for the value function
+        if self.clip_range_vf is not None:
+            clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+
+        # Alg. 1, line 6: draw the Monte-Carlo pairs, once, with the CFM losses under the policy that collected the rollout
+        self.policy.set_training_mode(False)
+        rollout = self._get_rollout()
+        n_transitions = len(rollout.actions)
+        # The first epoch goes through the rollout in this order, so that its first ratio is exactly one
+        minibatches = [slice(start, start + self.batch_size) for start in range(0, n_transitions, self.batch_size)]
+        with th.no_grad():
+            old_outputs = th.cat([self._evaluate_flow(rollout.select(indices))[1] for indices in minibatches])
+            old_losses = th.cat([self._cfm_loss(old_outputs[indices], rollout.select(indices)) for indices in minibatches])
+
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        pg_losses, value_losses, cfm_losses = [], [], []
+        clip_fractions, min_ratios, max_ratios = [], [], []
+
+        continue_training = True
+        # train for n_epochs epochs
+        for epoch in range(self.n_epochs):
+            approx_kl_divs = []
+            # Do a complete pass on the rollout
+            for indices in minibatches if epoch == 0 else self._shuffled_minibatches(n_transitions):
+                batch = rollout.select(indices)
+                values, outputs = self._evaluate_flow(batch)
+                values = values.flatten()
+                losses = self._cfm_loss(outputs, batch)
+
+                advantages = batch.advantages
+                if self.positive_advantage:
+                    advantages = F.softplus(advantages)
+                # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
+                elif self.normalize_advantage and len(advantages) > 1:
+                    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+                # eq. 15: ratio between old and new policy, one at the first iteration
+                ratio = flow_ratio(old_losses[indices], losses, self.ratio_type, self.cfm_loss_clip, self.log_ratio_clip)
+                # eq. 13: surrogate objective
+                policy_loss = -surrogate_objective(ratio, advantages.unsqueeze(1), clip_range, self.trust_region).mean()
+
+                if self.clip_range_vf is None:
+                    # No clipping
+                    values_pred = values
+                else:
+                    # Clip the difference between old and new value
+                    # NOTE: this depends on the reward scaling
+                    values_pred = batch.old_values + th.clamp(values - batch.old_values, -clip_range_vf, clip_range_vf)
+                # Value loss using the TD(gae_lambda) target
+                value_loss = F.mse_loss(batch.returns, values_pred)
+
+                loss = policy_loss + self.vf_coef * value_loss
+
+                # Logging
+                with th.no_grad():
+                    pg_losses.append(policy_loss.detach())
+                    value_losses.append(value_loss.detach())
+                    cfm_losses.append(losses.detach().mean())
+                    clip_fractions.append(((ratio - 1).abs() > clip_range).float().mean())
+                    min_ratio, max_ratio = ratio.detach().aminmax()
+                    min_ratios.append(min_ratio)
+                    max_ratios.append(max_ratio)
+
+                # Pseudo-KL divergence of FPO++, for early stopping and (that of the last epoch) for the logs
+                if self.target_kl is not None or epoch == self.n_epochs - 1:
+                    approx_kl_divs.append(self._pseudo_kl(outputs.detach() - old_outputs[indices], batch.timesteps))
+                    if self.target_kl is not None and approx_kl_divs[-1] > 1.5 * self.target_kl:
+                        continue_training = False
+                        if self.verbose >= 1:
+                            print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl_divs[-1]:.2f}")
+                        break
+
+                # Optimization step
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                # Clip grad norm
+                max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
+                grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
+                if not th.isfinite(grad_norm):
+                    raise ValueError(
+                        f"The gradient is not finite (policy loss: {policy_loss.item()}, value loss: {value_loss.item()}): "
+                        "training stopped before it reached the weights"
+                    )
+                self.policy.optimizer.step()
+                if self.ema_decay is not None:
+                    self.policy.update_ema(restart=self._n_updates < self.ema_start)
+
+            self._n_updates += 1
+            if not continue_training:
+                break
+
+        explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
+
+        # Logs
+        self.logger.record("train/policy_gradient_loss", th.stack(pg_losses).mean().item())
+        self.logger.record("train/value_loss", th.stack(value_losses).mean().item())
+        self.logger.record("train/cfm_loss", th.stack(cfm_losses).mean().item())
+        self.logger.record("train/approx_kl", th.stack(approx_kl_divs).mean().item())
+        self.logger.record("train/clip_fraction", th.stack(clip_fractions).mean().item())
+        self.logger.record("train/ratio_min", th.stack(min_ratios).min().item())
+        self.logger.record("train/ratio_max", th.stack(max_ratios).max().item())
+        self.logger.record("train/raw_action_max", rollout.actions.abs().max().item())
+        self.logger.record("train/loss", loss.item())
+        self.logger.record("train/explained_variance", explained_var)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip_range)
+        if self.clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", clip_range_vf)
+
+    def _get_rollout(self) -> FlowRollout:
+        """
+        The whole rollout, on the device and shuffled, with newly drawn Monte-Carlo pairs.
+
+        :raises ValueError: if one of its fields is not finite
+        """
+        data = next(self.rollout_buffer.get(batch_size=None))
+        observations = data.observations if isinstance(data.observations, dict) else {"obs": data.observations}
+        fields = {
+            **{f"observations (`{key}`)": obs for key, obs in observations.items()},
+            "actions": data.actions,
+            # Non-finite rewards end up here, even if they are normalized
+            "rewards (or values)": data.returns,
+            "advantages": data.advantages,
+        }
+        for name, tensor in fields.items():
+            if not th.isfinite(tensor).all():
+                raise ValueError(f"NaN or inf in the {name} of the rollout: training stopped before it reached the weights")
+
+        shape = (len(data.actions), self.n_mc_samples)
+        timesteps = draw_timesteps(
+            shape, self.timestep_distribution, self.policy.n_flow_steps, self.policy.prediction_type, self.device
+        )
+        noise = th.randn((*shape, data.actions.shape[1]), device=self.device)
+        return FlowRollout(
+            data.observations, data.actions, data.old_values, data.advantages, data.returns, noise, timesteps
+        )
+
+    def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
+        return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))
+
+    def _evaluate_flow(self, batch: FlowRollout) -> tuple[th.Tensor, th.Tensor]:
+        return self.policy.evaluate_flow(batch.observations, batch.actions, batch.noise, batch.timesteps)
+
+    def _cfm_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
+        """
+        :param outputs: Output of the flow network, (batch, n_mc_samples, action_dim)
+        :param batch:
+        :return: CFM loss of each Monte-Carlo pair, (batch, n_mc_samples)
+        """
+        return cfm_loss(
+            outputs,
+            batch.actions.unsqueeze(1),
+            batch.noise,
+            batch.timesteps,
+            self.policy.prediction_type,
+            self.supervision,
+            self.loss_reduction,
+        )
+
+    def _pseudo_kl(self, output_change: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """Mean squared change of the predicted noise, FPO++."""
+        return rescale_error(output_change, timesteps, self.policy.prediction_type, "noise").square().mean()
+
+    def learn(
+        self: SelfFPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "FPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfFPO:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )

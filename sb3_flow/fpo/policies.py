@@ -1,0 +1,358 @@
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    MlpExtractor,
+    NatureCNN,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
+from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
+from sb3_flow.common.samplers import SAMPLERS
+
+
+class FlowPolicy(ActorCriticPolicy):
+    """
+    Actor-critic policy whose actor is a flow: an action is sampled by integrating a learned
+    velocity field from Gaussian noise (t = 1) to the action (t = 0). Used by FPO.
+
+    The flow lives in an unbounded space: a *raw* action. With ``squash_output=True`` the environment receives
+    ``tanh(raw)`` rescaled to the bounds of the action space, otherwise the raw action (in env units) clipped to
+    them. Buffers and losses only see raw actions.
+
+    :param observation_space: Observation space
+    :param action_space: Action space, a ``Box`` (with finite bounds if ``squash_output``)
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the policy (flow) and value networks.
+    :param activation_fn: Activation function
+    :param ortho_init: Whether to use or not orthogonal initialization,
+        instead of LeCun-uniform (the authors' choice)
+    :param use_sde: gSDE has no meaning for a flow: must be False
+    :param squash_output: Whether to squash the raw action with a tanh and rescale it to the bounds of the
+        action space, or to clip it to them
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments
+        to pass to the features extractor.
+    :param share_features_extractor: If True, the features extractor is shared between the policy and value networks.
+    :param normalize_images: Whether to normalize images or not,
+         dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use,
+        ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments,
+        excluding the learning rate, to pass to the optimizer
+    :param n_flow_steps: Number of steps of the sampler, from noise to action
+    :param prediction_type: What the flow network predicts: "velocity", "noise" or "action"
+    :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
+    :param output_scale: Factor on the output of the flow network
+    :param sampler: "euler" or "sde" (stochastic Euler)
+    :param sampler_sigma: Standard deviation of the noise that the "sde" sampler adds at each step
+    :param action_perturbation_std: Standard deviation of the Gaussian noise added to the raw actions
+        during training (exploration); predictions are not perturbed
+    :param ema_decay: Decay of the exponential moving average of the actor that predicts, see :class:`FPO`.
+        No average is kept if None.
+    :raises ValueError: if an argument has no meaning for a flow policy or is out of its range
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        ortho_init: bool = False,
+        use_sde: bool = False,
+        squash_output: bool = True,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        share_features_extractor: bool = True,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_flow_steps: int = 10,
+        prediction_type: str = "velocity",
+        timestep_embedding_dim: int = 8,
+        output_scale: float = 0.25,
+        sampler: str = "euler",
+        sampler_sigma: float = 0.05,
+        action_perturbation_std: float = 0.0,
+        ema_decay: float | None = None,
+    ):
+        _check_action_space(action_space, squash_output)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("sampler", sampler, SAMPLERS)
+        if use_sde:
+            raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
+        if n_flow_steps < 1:
+            raise ValueError(f"`n_flow_steps` must be at least 1, it is {n_flow_steps}")
+        for name, value in [("sampler_sigma", sampler_sigma), ("action_perturbation_std", action_perturbation_std)]:
+            if value < 0:
+                raise ValueError(f"`{name}` must not be negative, it is {value}")
+
+        # Needed by _build(), which the constructor of the parent calls
+        self.n_flow_steps = n_flow_steps
+        self.prediction_type = prediction_type
+        self.timestep_embedding_dim = timestep_embedding_dim
+        self.output_scale = output_scale
+        self.sampler = sampler
+        self.sampler_sigma = sampler_sigma
+        self.action_perturbation_std = action_perturbation_std
+        self.ema_decay: float | None = None
+
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            # The flow needs hidden layers to bring its inputs together, also behind a CNN
+            dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else net_arch,
+            activation_fn,
+            ortho_init,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            share_features_extractor=share_features_extractor,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+        self._squash_output = squash_output
+        self.ema: AveragedModel | None = None
+        if ema_decay is not None:
+            self.create_ema(ema_decay)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Create the networks and the optimizer.
+
+        :param lr_schedule: Learning rate schedule
+            lr_schedule(1) is the initial learning rate
+        """
+        net_arch = dict(pi=self.net_arch, vf=self.net_arch) if isinstance(self.net_arch, list) else self.net_arch
+        self.action_net = FlowNetwork(
+            self.features_dim,
+            get_action_dim(self.action_space),
+            net_arch.get("pi", []),
+            self.activation_fn,
+            self.timestep_embedding_dim,
+            self.output_scale,
+        )
+        # The actor takes the features as they are: this one only holds the layers of the value function
+        self.mlp_extractor = MlpExtractor(self.features_dim, dict(pi=[], vf=net_arch.get("vf", [])), self.activation_fn)
+        self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
+
+        if self.ortho_init:
+            self.apply(lambda module: self.init_weights(module, gain=np.sqrt(2)))
+            self.init_weights(self.action_net.layers[-1] if len(self.action_net.layers) else self.action_net.input_layer, 0.01)
+            self.init_weights(self.value_net, gain=1)
+        else:
+            for module in (self.action_net, self.mlp_extractor, self.value_net):
+                module.apply(lecun_uniform_init)
+
+        # Setup optimizer with initial learning rate
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        for name in ("log_std_init", "full_std", "use_expln"):
+            del data[name]
+        data.update(
+            dict(
+                squash_output=self.squash_output,
+                share_features_extractor=self.share_features_extractor,
+                n_flow_steps=self.n_flow_steps,
+                prediction_type=self.prediction_type,
+                timestep_embedding_dim=self.timestep_embedding_dim,
+                output_scale=self.output_scale,
+                sampler=self.sampler,
+                sampler_sigma=self.sampler_sigma,
+                action_perturbation_std=self.action_perturbation_std,
+                ema_decay=self.ema_decay,
+            )
+        )
+        return data
+
+    def create_ema(self, ema_decay: float) -> None:
+        """
+        Keep an exponential moving average of the actor (features extractor and flow network).
+        From now on it is the one that predicts, while the actor itself collects the rollouts.
+
+        :param ema_decay: Decay for one gradient step, in (0, 1)
+        """
+        if not 0 < ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be between 0 and 1, it is {ema_decay}")
+        self.ema_decay = ema_decay
+        actor = nn.ModuleList([self.pi_features_extractor, self.action_net])
+        self.ema = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True).requires_grad_(False)
+
+    def update_ema(self, restart: bool = False) -> None:
+        """
+        Update the moving average, after a gradient step.
+
+        :param restart: Forget the past: make the average equal to the actor
+        """
+        assert self.ema is not None, "create_ema() must be called first"
+        if restart:
+            self.ema.n_averaged.zero_()
+        self.ema.update_parameters(nn.ModuleList([self.pi_features_extractor, self.action_net]))
+
+    def _actor_and_critic_features(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        features = self.extract_features(obs)
+        return (features, features) if isinstance(features, th.Tensor) else features
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
+        """
+        Forward pass in all the networks (actor and critic), to collect a rollout
+
+        :param obs: Observation
+        :param deterministic: Whether to integrate from zero noise, without perturbation
+        :return: raw action, (batch, *action_space.shape), value, (batch, 1), and zeros, (batch,),
+            in place of the log probability, which a flow policy does not need
+        :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
+        """
+        pi_features, vf_features = self._actor_and_critic_features(obs)
+        values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
+        actions = self._sample(self.action_net, pi_features, deterministic)
+        if self.action_perturbation_std > 0 and not deterministic:
+            actions = actions + self.action_perturbation_std * th.randn_like(actions)
+        if not th.isfinite(actions).all():
+            obs_tensors = obs.values() if isinstance(obs, dict) else [obs]
+            valid = all(bool(th.isfinite(tensor).all()) for tensor in obs_tensors)
+            cause = "the weights of the policy are not finite, or too large" if valid else "NaN or inf in the observations"
+            raise ValueError(f"The policy could not compute a finite action: {cause}")
+        return actions.reshape((-1, *self.action_space.shape)), values, values.new_zeros(len(values))  # type: ignore[misc]
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Get the raw action for a given observation, from the moving average of the actor if there is one.
+
+        :param observation:
+        :param deterministic: Whether to integrate from zero noise ("zero-sampling" of FPO++) or from a random one
+        :return: Raw action, (batch, action_dim)
+        """
+        features_extractor, action_net = (self.pi_features_extractor, self.action_net) if self.ema is None else self.ema.module
+        features = BasePolicy.extract_features(self, observation, features_extractor)
+        return self._sample(action_net, features, deterministic)
+
+    def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
+        """
+        :param action_net: The actor, or its moving average
+        :param features: (batch, features_dim)
+        :param deterministic: Whether to integrate from zero noise
+        :return: Raw action, (batch, action_dim)
+        """
+        noise_shape = (len(features), action_net.action_dim)
+        noise = features.new_zeros(noise_shape) if deterministic else th.randn(noise_shape, device=features.device)
+        field = action_net.velocity_field(features, self.prediction_type, self.n_flow_steps)
+        return SAMPLERS[self.sampler](field, noise, self.n_flow_steps, 0.0 if deterministic else self.sampler_sigma)
+
+    def evaluate_flow(
+        self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Evaluate the value function and, at points of the paths between noise and action, the flow network.
+
+        :param obs: Observation
+        :param actions: Raw actions, (batch, action_dim)
+        :param noise: (batch, n_mc_samples, action_dim)
+        :param timesteps: (batch, n_mc_samples)
+        :return: estimated value, (batch, 1), and output of the flow network, (batch, n_mc_samples, action_dim)
+        """
+        pi_features, vf_features = self._actor_and_critic_features(obs)
+        values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
+        return values, self.action_net(pi_features, interpolate(actions.unsqueeze(1), noise, timesteps), timesteps)
+
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+        raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        raise NotImplementedError("A flow policy has no closed-form likelihood: see evaluate_flow()")
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """
+        Raw action of an action of the environment: the inverse of ``unscale_action``
+        (an action on the bounds is taken to be slightly inside).
+
+        :param action: Action, in env units
+        :return: Raw action
+        """
+        if not self.squash_output:
+            return action
+        return np.arctanh(np.clip(super().scale_action(action), -1 + 1e-6, 1 - 1e-6))
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        Action that the environment receives for a raw action: tanh, rescaled to the bounds of the action space.
+
+        :param scaled_action: Raw action
+        :return: Action, in env units
+        """
+        if not self.squash_output:
+            return scaled_action
+        assert isinstance(self.action_space, spaces.Box)
+        # Rounding may put an action just outside
+        return np.clip(super().unscale_action(np.tanh(scaled_action)), self.action_space.low, self.action_space.high)
+
+
+def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(f"`action_space` must be a Box: a flow policy is for continuous actions, not for {action_space}")
+    if not np.issubdtype(action_space.dtype, np.floating):
+        raise ValueError(f"`action_space` must have a floating point dtype, it is {action_space}")
+    if squash_output and not action_space.is_bounded():
+        raise ValueError(
+            f"`squash_output=True` needs an action space with finite bounds, it is {action_space}: "
+            "wrap the environment (gymnasium.wrappers.RescaleAction) or use policy_kwargs=dict(squash_output=False)"
+        )
+
+
+class FlowCnnPolicy(FlowPolicy):
+    """
+    Flow policy for image observations: :class:`FlowPolicy` (where the parameters are described)
+    with a ``NatureCNN`` as the default features extractor.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+class FlowMultiInputPolicy(FlowPolicy):
+    """
+    Flow policy for ``Dict`` observations: :class:`FlowPolicy` (where the parameters are described)
+    with a ``CombinedExtractor`` as the default features extractor.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+MlpPolicy = FlowPolicy
+CnnPolicy = FlowCnnPolicy
+MultiInputPolicy = FlowMultiInputPolicy

@@ -1,0 +1,1 @@
+"""Figures. Importing this package does not import matplotlib, drawing one does."""

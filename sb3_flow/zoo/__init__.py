@@ -1,0 +1,55 @@
+"""
+rl-zoo3 with the algorithms of this package: ``sb3-flow train``, ``sb3-flow enjoy``, ...
+
+A script of its own can do ``import sb3_flow.zoo; sb3_flow.zoo.register()`` and go on with rl_zoo3.
+"""
+
+from pathlib import Path
+
+import gymnasium
+
+import sb3_flow
+
+#: The algorithms that :func:`register` adds to rl-zoo3, by the name that ``--algo`` takes.
+FLOW_ALGOS = {"fpo": sb3_flow.FPO}
+
+
+def register() -> None:
+    """
+    Add the algorithms of this package to those of rl-zoo3. Can be called more than once.
+
+    :raises ImportError: if rl-zoo3 is not installed
+    """
+    try:
+        from rl_zoo3.utils import ALGOS
+    except ImportError as error:
+        raise ImportError('rl-zoo3 is not installed, it comes with: pip install "sb3-flow[zoo]"') from error
+    ALGOS.update(FLOW_ALGOS)
+
+
+def default_conf_file(algo: str) -> str:
+    """
+    Path of the tuned hyperparameters of an algorithm of this package.
+
+    :param algo: Name of the algorithm
+    :return: path of the YAML file
+    """
+    package = Path(sb3_flow.__file__).parent
+    # Inside an installed package, or at the top of a checkout
+    folder = package / "hyperparams" if (package / "hyperparams").is_dir() else package.parent / "hyperparams"
+    return str(folder / f"{algo}.yml")
+
+
+def register_envs(env_id: str) -> None:
+    """
+    Make the environments known to gymnasium that are only registered when their package is imported.
+
+    :param env_id: Environment id
+    :raises ImportError: if that package is not installed
+    """
+    if env_id.startswith("dm_control/"):
+        try:
+            import shimmy
+        except ImportError as error:
+            raise ImportError(f'{env_id} needs dm_control and shimmy: pip install "sb3-flow[dmc]"') from error
+        gymnasium.register_envs(shimmy)  # no-op: importing it registered them

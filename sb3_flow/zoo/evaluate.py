@@ -1,0 +1,74 @@
+"""Evaluation of a run of rl-zoo3."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from huggingface_sb3 import EnvironmentName
+from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import set_random_seed
+
+from sb3_flow.plotting.learning_curve import plot_learning_curve
+
+
+def evaluate(
+    algo: str,
+    env: str,
+    folder: str = "logs",
+    exp_id: int = 0,
+    load_best: bool = False,
+    n_eval_episodes: int = 10,
+    stochastic: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, float]:
+    """
+    Evaluate the model of a run, print the mean and standard deviation of its return, and leave
+    ``evaluation.json`` and ``learning_curve.png`` in the folder of the run.
+
+    :param algo: Name of the algorithm
+    :param env: Environment id
+    :param folder: Log folder
+    :param exp_id: Number of the run, 0 for the latest
+    :param load_best: Whether to load the best model instead of the last one
+    :param n_eval_episodes: Number of episodes
+    :param stochastic: Whether to sample the actions
+    :param seed: Seed of the environment and of the actions
+    :param device: PyTorch device
+    :return: what is in evaluation.json: mean and standard deviation of the return, and how they were obtained
+    """
+    env_name = EnvironmentName(env)
+    _, model_path, run_folder = get_model_path(exp_id, folder, algo, env_name, load_best)
+    hyperparams, stats_path = get_saved_hyperparams(str(Path(run_folder) / env_name), test_mode=True)
+    env_kwargs = hyperparams.pop("env_kwargs", {})
+    set_random_seed(seed)
+    vec_env = create_test_env(
+        env, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
+    )
+    # Nothing is learned here: schedules are not needed
+    custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
+    model = ALGOS[algo].load(model_path, custom_objects=custom_objects, device=device)
+    returns, lengths = evaluate_policy(
+        model, vec_env, n_eval_episodes, deterministic=not stochastic, return_episode_rewards=True
+    )
+    vec_env.close()
+
+    result = dict(
+        mean_return=float(np.mean(returns)),
+        std_return=float(np.std(returns)),
+        mean_length=float(np.mean(lengths)),
+        n_eval_episodes=n_eval_episodes,
+        deterministic=not stochastic,
+        seed=seed,
+        num_timesteps=model.num_timesteps,
+        model=model_path,
+    )
+    (Path(run_folder) / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    figure = plot_learning_curve(Path(run_folder), title=f"{algo.upper()} on {env}")
+    print(
+        f"{model_path}: {result['mean_return']:.2f} ± {result['std_return']:.2f} "
+        f"({'stochastic' if stochastic else 'deterministic'} return, {n_eval_episodes} episodes)"
+    )
+    print(f"Learning curve: {figure}")
+    return result

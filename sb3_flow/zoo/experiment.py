@@ -1,0 +1,112 @@
+"""rl-zoo3's experiment manager, with runs that can be resumed."""
+
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+
+def last_checkpoint(run_folder: Path) -> tuple[Path, int]:
+    """
+    The last checkpoint of a run.
+
+    :param run_folder: e.g. logs/fpo/HalfCheetah-v5_1
+    :return: path of the model, and its number of timesteps
+    :raises FileNotFoundError: if there is none
+    """
+    checkpoints = {
+        int(match[1]): path
+        for path in run_folder.glob("rl_model_*_steps.zip")
+        if (match := re.fullmatch(r"rl_model_(\d+)_steps.zip", path.name))
+    }
+    if not checkpoints:
+        raise FileNotFoundError(f"There is no checkpoint (rl_model_*_steps.zip) to resume from in {run_folder}")
+    num_timesteps = max(checkpoints)
+    return checkpoints[num_timesteps], num_timesteps
+
+
+class FlowExperimentManager(ExperimentManager):
+    """
+    rl-zoo3's ``ExperimentManager``, whose checkpoints hold all that is needed to go on from them.
+
+    :param resume: Folder of the run that the trained agent is the last checkpoint of, to continue it in place;
+        None for a new run
+    :param args: See ``ExperimentManager``
+    :param kwargs: See ``ExperimentManager``
+    """
+
+    def __init__(self, *args, resume: Path | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.resumed_timesteps = 0
+        if resume is not None:
+            self.resumed_timesteps = last_checkpoint(resume)[1]
+            self.save_path = str(resume)
+            self.params_path = f"{self.save_path}/{self.env_name}"
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
+        processed = super()._preprocess_hyperparams(hyperparams)
+        if self.resumed_timesteps:
+            print(f"Resuming {self.save_path} after {self.resumed_timesteps} of {self.n_timesteps} timesteps")
+            self.n_timesteps = max(self.n_timesteps - self.resumed_timesteps, 0)
+            # Go on with the same log files
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
+        return processed
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        # A checkpoint is to be continued with the statistics that were saved with it
+        statistics = Path(re.sub(r"rl_model_(\d+_steps).zip$", r"rl_model_vecnormalize_\1.pkl", self.trained_agent))
+        if not (self.continue_training and statistics.suffix == ".pkl" and statistics.is_file()):
+            return super()._maybe_normalize(env, eval_env)
+        env = VecNormalize.load(str(statistics), env)
+        if eval_env:
+            env.training = False
+            env.norm_reward = False
+        return env
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        is_new = not Path(self.save_path).exists()
+        try:
+            return super().setup_experiment()
+        except (ValueError, AssertionError) as error:
+            # Nothing has started yet: the message says it all, and no empty run is left behind
+            if is_new:
+                shutil.rmtree(self.save_path, ignore_errors=True)
+            raise SystemExit(f"sb3-flow: error: {error}") from error
+
+    def create_callbacks(self) -> None:
+        super().create_callbacks()
+        for callback in self.callbacks:
+            if isinstance(callback, CheckpointCallback):
+                callback.save_vecnormalize = True
+                callback.save_replay_buffer = self.save_replay_buffer
+            elif isinstance(callback, EvalCallback) and self.resumed_timesteps:
+                self._restore_evaluations(callback)
+
+    def _restore_evaluations(self, callback: EvalCallback) -> None:
+        path = Path(self.save_path) / "evaluations.npz"
+        if not path.is_file():
+            return
+        with np.load(path) as evaluations:
+            for step, results, lengths in zip(
+                evaluations["timesteps"], evaluations["results"], evaluations["ep_lengths"], strict=True
+            ):
+                if step <= self.resumed_timesteps:
+                    callback.evaluations_timesteps.append(int(step))
+                    callback.evaluations_results.append(results.tolist())
+                    callback.evaluations_length.append(lengths.tolist())
+                    callback.best_mean_reward = max(callback.best_mean_reward, float(results.mean()))
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        if self.resumed_timesteps:
+            continued = SimpleNamespace(env=model.env, learn=partial(model.learn, reset_num_timesteps=False))
+            super().learn(continued)  # type: ignore[arg-type]
+        else:
+            super().learn(model)

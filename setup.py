@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+extras = {
+    # dm_control 1.0.50 does not load on mujoco 4
+    "mujoco": ["gymnasium[mujoco]", "mujoco>=3.17,<4"],
+    "dmc": ["shimmy[dm-control]>=2.0.1,<3", "dm_control<=1.0.50", "mujoco>=3.17,<4"],
+    # rl-zoo3 needs pandas at the end of an optimisation, and plotly for its figures
+    "zoo": ["rl_zoo3>=2.9.0,<3", "pandas", "plotly", "tqdm", "rich"],
+    "solvers": ["torchdiffeq"],
+    "offline": ["ogbench>=1.2,<2", "minari[hdf5]>=0.5.4", "h5py", "pillow"],
+    "plots": ["matplotlib"],
+    "docs": ["sphinx>=7", "furo"],
+    "tests": ["pytest", "pytest-xdist", "ruff", "black", "mypy", "tensorboard", "opencv-python-headless", "moviepy"],
+}
+extras["all"] = sorted({requirement for name in extras for requirement in extras[name]})
+
+setup(
+    name="sb3-flow",
+    version=(here / "sb3_flow" / "version.txt").read_text().strip(),
+    description="Flow-matching policies for Stable-Baselines3: FPO and FQL.",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The sb3-flow developers",
+    license="MIT",
+    keywords="reinforcement-learning flow-matching stable-baselines3 pytorch robotics",
+    # The hyperparameters stay at the top of the checkout, and are installed inside the package
+    packages=[*find_packages(include=["sb3_flow", "sb3_flow.*"]), "sb3_flow.hyperparams"],
+    package_dir={"sb3_flow.hyperparams": "hyperparams"},
+    package_data={"sb3_flow": ["py.typed", "version.txt"], "sb3_flow.hyperparams": ["*.yml"]},
+    python_requires=">=3.10",
+    install_requires=["stable-baselines3>=2.9.0,<3", "torch>=2.8,<3", "gymnasium>=1.0,<2", "numpy>=1.24"],
+    extras_require=extras,
+    entry_points={"console_scripts": ["sb3-flow = sb3_flow.zoo.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
