@@ -252,6 +252,8 @@ class FPO(OnPolicyAlgorithm):
                 )
 
     def _setup_model(self) -> None:
+        if not issubclass(self.policy_class, FlowPolicy):
+            raise ValueError(f"`policy` must be a FlowPolicy, it is {self.policy_class}")
         super()._setup_model()
 
         # Initialize schedules for policy/value clipping

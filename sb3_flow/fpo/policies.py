@@ -311,7 +311,7 @@ def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None
     if squash_output and not action_space.is_bounded():
         raise ValueError(
             f"`squash_output=True` needs an action space with finite bounds, it is {action_space}: "
-            "wrap the environment (gymnasium.wrappers.RescaleAction) or use policy_kwargs=dict(squash_output=False)"
+            "use squash_output=False, or bound the actions"
         )
 
 

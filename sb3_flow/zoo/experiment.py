@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,19 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 
+def vecnormalize_path(checkpoint: Path) -> Path:
+    """
+    Where SB3's ``CheckpointCallback`` leaves the statistics of ``VecNormalize``.
+
+    :param checkpoint: Path of the model, rl_model_*_steps.zip
+    :return: rl_model_vecnormalize_*_steps.pkl beside it
+    """
+    return checkpoint.with_name(re.sub(r"^rl_model_(\d+_steps).zip$", r"rl_model_vecnormalize_\1.pkl", checkpoint.name))
+
+
 def last_checkpoint(run_folder: Path) -> tuple[Path, int]:
     """
-    The last checkpoint of a run.
+    The last complete checkpoint of a run, which may have been killed while it wrote another.
 
     :param run_folder: e.g. logs/fpo/HalfCheetah-v5_1
     :return: path of the model, and its number of timesteps
@@ -25,8 +36,11 @@ def last_checkpoint(run_folder: Path) -> tuple[Path, int]:
     checkpoints = {
         int(match[1]): path
         for path in run_folder.glob("rl_model_*_steps.zip")
-        if (match := re.fullmatch(r"rl_model_(\d+)_steps.zip", path.name))
+        if (match := re.fullmatch(r"rl_model_(\d+)_steps.zip", path.name)) and zipfile.is_zipfile(path)
     }
+    # The statistics are written last: without them a checkpoint is not complete, unless the run has none at all
+    if any(vecnormalize_path(path).is_file() for path in checkpoints.values()):
+        checkpoints = {steps: path for steps, path in checkpoints.items() if vecnormalize_path(path).is_file()}
     if not checkpoints:
         raise FileNotFoundError(f"There is no checkpoint (rl_model_*_steps.zip) to resume from in {run_folder}")
     num_timesteps = max(checkpoints)
@@ -62,8 +76,8 @@ class FlowExperimentManager(ExperimentManager):
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         # A checkpoint is to be continued with the statistics that were saved with it
-        statistics = Path(re.sub(r"rl_model_(\d+_steps).zip$", r"rl_model_vecnormalize_\1.pkl", self.trained_agent))
-        if not (self.continue_training and statistics.suffix == ".pkl" and statistics.is_file()):
+        statistics = vecnormalize_path(Path(self.trained_agent)) if self.continue_training else None
+        if statistics is None or statistics.suffix != ".pkl" or not statistics.is_file():
             return super()._maybe_normalize(env, eval_env)
         env = VecNormalize.load(str(statistics), env)
         if eval_env:

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage, is_vecenv_wrapped
+
+from sb3_flow import FPO
+
+
+def make_model(env, **policy_kwargs):
+    policy_kwargs = dict(net_arch=[16], features_extractor_kwargs=dict(features_dim=16)) | policy_kwargs
+    return FPO("CnnPolicy", env, n_steps=32, batch_size=32, n_epochs=1, seed=0, device="cpu", policy_kwargs=policy_kwargs)
+
+
+def make_env(channel_first=False):
+    return FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False, channel_first=channel_first)
+
+
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+@pytest.mark.parametrize("channel_first", [True, False])
+def test_cnn(tmp_path, share_features_extractor, channel_first):
+    model = make_model(make_env(channel_first), share_features_extractor=share_features_extractor).learn(64)
+    assert is_vecenv_wrapped(model.get_env(), VecTransposeImage) != channel_first
+    obs, _ = make_env(channel_first).reset()
+    action, _ = model.predict(obs, deterministic=True)
+    model.save(tmp_path / "model.zip")
+    loaded = FPO.load(tmp_path / "model.zip", device="cpu")
+    assert np.array_equal(loaded.predict(obs, deterministic=True)[0], action)
+
+
+def test_frame_stack_and_reward_normalization():
+    env = VecNormalize(VecFrameStack(DummyVecEnv([make_env] * 2), 3), norm_obs=False)
+    model = make_model(env).learn(128)
+    assert model.observation_space.shape == (3, 40, 40)
+
+
+def test_features_extractor_is_trained():
+    """By both losses if it is shared, each by its own if not."""
+    model = make_model(make_env(), share_features_extractor=False)
+    pi, vf = model.policy.pi_features_extractor, model.policy.vf_features_extractor
+    before = [th.nn.utils.parameters_to_vector(extractor.parameters()).detach().clone() for extractor in (pi, vf)]
+    model.learn(32)
+    for extractor, weights in zip((pi, vf), before, strict=True):
+        assert not th.equal(th.nn.utils.parameters_to_vector(extractor.parameters()), weights)

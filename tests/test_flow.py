@@ -1,0 +1,215 @@
+"""The mathematics of flow matching: path, CFM loss, networks, samplers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_flow.common.flow import (
+    LOSS_REDUCTIONS,
+    PREDICTION_TYPES,
+    SINGULARITY_MARGIN,
+    cfm_loss,
+    draw_timesteps,
+    flow_target,
+    interpolate,
+    sampler_grid,
+    timestep_range,
+    to_velocity,
+)
+from sb3_flow.common.networks import FlowNetwork, TimestepEmbedding
+from sb3_flow.common.samplers import SAMPLERS
+
+
+def test_path_ends_at_noise_and_action():
+    actions, noise = th.randn(5, 3), th.randn(5, 3)
+    assert th.equal(interpolate(actions, noise, th.ones(5)), noise)
+    assert th.equal(interpolate(actions, noise, th.zeros(5)), actions)
+    # Its derivative is the target of a velocity network
+    t = th.full((5,), 0.3)
+    slope = (interpolate(actions, noise, t + 0.5) - interpolate(actions, noise, t)) / 0.5
+    assert th.allclose(slope, flow_target("velocity", actions, noise), atol=1e-6)
+
+
+# One point in 2-D: a = (1, -1), eps = (3, 0), t = 0.25, hence x_t = (1.5, -0.75) and u = (2, 1)
+# An output of (2, 2) is an error of (0, 1), (-1, 2), (1, 3) for velocity, noise and action networks
+@pytest.mark.parametrize(
+    ("prediction_type", "supervision", "sum_of_squares"),
+    [
+        ("velocity", "velocity", 1.0),
+        ("velocity", "noise", 0.75**2 * 1.0),
+        ("velocity", "action", 0.25**2 * 1.0),
+        ("noise", "noise", 5.0),
+        ("noise", "velocity", 5.0 / 0.75**2),
+        ("noise", "action", 5.0 * (0.25 / 0.75) ** 2),
+        ("action", "action", 10.0),
+        ("action", "velocity", 10.0 / 0.25**2),
+        ("action", "noise", 10.0 * (0.75 / 0.25) ** 2),
+    ],
+)
+@pytest.mark.parametrize("reduction", LOSS_REDUCTIONS)
+def test_cfm_loss_by_hand(prediction_type, supervision, sum_of_squares, reduction):
+    actions, noise, t = th.tensor([[1.0, -1.0]]), th.tensor([[3.0, 0.0]]), th.tensor([0.25])
+    loss = cfm_loss(th.tensor([[2.0, 2.0]]), actions, noise, t, prediction_type, supervision, reduction)
+    expected = sum_of_squares / {"mean": 2, "sum": 1, "sqrt": math.sqrt(2)}[reduction]
+    assert loss.shape == (1,)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_authors_loss():
+    """The authors' code: x0_hat = x_t - t v, x1_hat = x0_hat + v, mean (eps - x1_hat)^2."""
+    actions, noise, t, velocity = th.randn(7, 1, 4), th.randn(7, 5, 4), th.rand(7, 5), th.randn(7, 5, 4)
+    x_t = interpolate(actions, noise, t)
+    x1_hat = x_t - t.unsqueeze(-1) * velocity + velocity
+    expected = (noise - x1_hat).square().mean(dim=-1)
+    assert th.allclose(cfm_loss(velocity, actions, noise, t, "velocity", "noise"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("supervision", PREDICTION_TYPES)
+def test_cfm_loss_is_equal_across_types(supervision):
+    """Networks of different types that represent the same field have the same loss."""
+    actions, noise, velocity = th.randn(50, 1, 3), th.randn(50, 8, 3), th.randn(50, 8, 3)
+    t = th.rand(50, 8) * 0.9 + 0.05
+    x_t, time = interpolate(actions, noise, t), t.unsqueeze(-1)
+    outputs = {"velocity": velocity, "noise": x_t + (1 - time) * velocity, "action": x_t - time * velocity}
+    losses = {kind: cfm_loss(output, actions, noise, t, kind, supervision) for kind, output in outputs.items()}
+    for kind in PREDICTION_TYPES:
+        assert th.allclose(losses[kind], losses["velocity"], rtol=1e-3, atol=1e-5)
+        assert th.allclose(to_velocity(outputs[kind], x_t, time, kind), velocity, atol=1e-4)
+
+
+def test_noise_loss_vanishes_at_t_1():
+    output, actions, noise = th.randn(4, 2), th.randn(4, 2), th.randn(4, 2)
+    assert th.equal(cfm_loss(output, actions, noise, th.ones(4), "velocity", "noise"), th.zeros(4))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_timesteps(prediction_type):
+    low, high = timestep_range(prediction_type)
+    grid = draw_timesteps((2000,), "grid", 5, prediction_type, "cpu")
+    # All the times the sampler visits, about as often
+    values, counts = grid.unique(return_counts=True)
+    assert np.allclose(values.numpy(), np.clip([0.2, 0.4, 0.6, 0.8, 1.0], low, high))
+    assert counts.min() > 300
+    uniform = draw_timesteps((2000,), "uniform", 5, prediction_type, "cpu")
+    assert len(uniform.unique()) > 1500
+    assert uniform.min() >= low and uniform.max() <= high
+    assert uniform.min() < 0.01 + SINGULARITY_MARGIN and uniform.max() > 0.99 - SINGULARITY_MARGIN
+    assert sampler_grid(4) == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_timestep_embedding():
+    t = th.tensor([[0.0, 0.3]])
+    embedding = TimestepEmbedding(8)(t)
+    expected = [np.cos(0.3 * 2**k) for k in range(4)] + [np.sin(0.3 * 2**k) for k in range(4)]
+    assert embedding.shape == (1, 2, 8)
+    assert np.allclose(embedding[0, 1], expected, atol=1e-6)
+    assert th.equal(TimestepEmbedding(0)(t), t.unsqueeze(-1))
+    for dim in (-2, 3):
+        with pytest.raises(ValueError, match="timestep_embedding_dim"):
+            TimestepEmbedding(dim)
+
+
+def make_network(features_dim=6, action_dim=3, net_arch=(16, 16), **kwargs):
+    return FlowNetwork(features_dim, action_dim, list(net_arch), output_scale=0.7, **kwargs)
+
+
+@pytest.mark.parametrize("net_arch", [[], [16], [16, 8]])
+@pytest.mark.parametrize("embedding_dim", [0, 8])
+def test_folded_network_equals_plain_one(net_arch, embedding_dim):
+    network = make_network(net_arch=net_arch, timestep_embedding_dim=embedding_dim)
+    features, x, t = th.randn(10, 6, requires_grad=True), th.randn(10, 4, 3), th.rand(10, 4)
+    inputs = [features, *network.parameters()]
+    folded, plain = network(features, x, t), network.forward_plain(features, x, t)
+    assert folded.shape == (10, 4, 3)
+    assert th.allclose(folded, plain, atol=1e-5)
+    weights = th.randn_like(plain)
+    for gradient, expected in zip(
+        th.autograd.grad((folded * weights).sum(), inputs), th.autograd.grad((plain * weights).sum(), inputs), strict=True
+    ):
+        assert th.allclose(gradient, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("n_flow_steps", [1, 3, 10])
+def test_folded_sampler_equals_plain_loop(prediction_type, n_flow_steps):
+    network = make_network()
+    features, noise = th.randn(10, 6), th.randn(10, 3)
+    x = noise
+    for k in range(n_flow_steps):
+        t = float(np.clip(1 - k / n_flow_steps, *timestep_range(prediction_type)))
+        output = network.forward_plain(features, x.unsqueeze(1), th.full((10, 1), t)).squeeze(1)
+        x = x - to_velocity(output, x, t, prediction_type) / n_flow_steps
+    with th.no_grad():
+        field = network.velocity_field(features, prediction_type, n_flow_steps)
+        fast = SAMPLERS["euler"](field, noise, n_flow_steps, 0.0)
+    # Noise networks divide by a small number
+    assert th.allclose(fast, x, atol=1e-5, rtol=1e-5)
+    # Any other time is possible too
+    off_grid = network.forward_plain(features, noise.unsqueeze(1), th.full((10, 1), 0.123)).squeeze(1)
+    assert th.allclose(field(noise, 0.123), to_velocity(off_grid, noise, 0.123, prediction_type), atol=1e-4)
+
+
+def test_gradient_flows_through_the_sampler():
+    network = make_network()
+    features, noise = th.randn(10, 6), th.randn(10, 3)
+    field = network.velocity_field(features, "velocity", 5)
+    SAMPLERS["euler"](field, noise, 5, 0.0).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
+
+
+def test_euler_on_a_known_field():
+    """dx/dt = x from t = 1 to 0 multiplies by (1 - 1/K)^K; a straight path is integrated exactly."""
+    x = th.tensor([[2.0]])
+    assert SAMPLERS["euler"](lambda x, t: x, x, 4, 0.0).item() == pytest.approx(2 * 0.75**4)
+    assert SAMPLERS["euler"](lambda x, t: th.full_like(x, 3.0), x, 7, 0.0).item() == pytest.approx(-1.0)
+    # The velocity of the last step is that at t = 1/K
+    times = []
+    SAMPLERS["euler"](lambda x, t: times.append(t) or x, x, 4, 0.0)
+    assert times == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_stochastic_euler():
+    """Without a drift, K steps of noise sigma add a variance of K sigma^2; without noise it is Euler's method."""
+    th.manual_seed(0)
+    samples = SAMPLERS["sde"](lambda x, t: th.zeros_like(x), th.zeros(20000, 1), 9, 0.2)
+    assert samples.mean().item() == pytest.approx(0, abs=0.02)
+    assert samples.std().item() == pytest.approx(0.6, rel=0.03)
+    x = th.randn(5, 2)
+    assert th.equal(SAMPLERS["sde"](lambda x, t: x, x, 9, 0.0), SAMPLERS["euler"](lambda x, t: x, x, 9, 0.0))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_flow_learns_a_mixture(prediction_type):
+    """Plain CFM regression on a mixture of two Gaussians in 2-D reproduces its modes and their weights."""
+    th.manual_seed(0)
+    means, std, weight = th.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.15, 0.3
+    network = FlowNetwork(1, 2, [64, 64], nn.SiLU)
+    optimizer = th.optim.Adam(network.parameters(), lr=3e-3)
+    scheduler = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    features = th.zeros(1, 1)
+    for _ in range(1500):
+        mode = (th.rand(1024) > weight).long()
+        actions = means[mode] + std * th.randn(1024, 2)
+        noise, t = th.randn(1024, 2), draw_timesteps((1024,), "uniform", 20, prediction_type, "cpu")
+        output = network(features, interpolate(actions, noise, t).unsqueeze(0), t.unsqueeze(0)).squeeze(0)
+        loss = cfm_loss(output, actions, noise, t, prediction_type, prediction_type).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+    with th.no_grad():
+        field = network.velocity_field(th.zeros(20000, 1), prediction_type, 50)
+        samples = SAMPLERS["euler"](field, th.randn(20000, 2), 50, 0.0)
+    distances = th.cdist(samples, means)
+    closest = distances.argmin(dim=1)
+    assert (closest == 0).float().mean().item() == pytest.approx(weight, abs=0.05)
+    for mode in (0, 1):
+        in_mode = samples[closest == mode]
+        assert th.allclose(in_mode.mean(dim=0), means[mode], atol=0.1)
+        assert th.allclose(in_mode.std(dim=0), th.full((2,), std), atol=0.1)
+    # Hardly anything in between
+    assert (distances.min(dim=1).values > 5 * std).float().mean() < 0.05

@@ -1,0 +1,275 @@
+"""What FPO does with a rollout."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+import sb3_flow.fpo.fpo as fpo_module
+from sb3_flow import FPO
+from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, interpolate
+from sb3_flow.common.surrogates import RATIO_TYPES
+
+
+def collect(model):
+    """Collect a rollout, but do not train."""
+    _, callback = model._setup_learn(model.n_steps * model.n_envs)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+
+
+def make_model(kind="box", **kwargs):
+    def make_env():
+        if kind == "dict":
+            return gym.wrappers.TimeLimit(SimpleMultiObsEnv(random_start=False, discrete_actions=False), 20)
+        return gym.make("Pendulum-v1")
+
+    env = DummyVecEnv([make_env] * 2)
+    if kind == "normalize":
+        env = VecNormalize(env)
+    kwargs = dict(n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu") | kwargs
+    return FPO("MultiInputPolicy" if kind == "dict" else "MlpPolicy", env, **kwargs)
+
+
+def record_calls(monkeypatch, name):
+    """Record (arguments, result) of the calls of a function that FPO uses."""
+    calls, function = [], getattr(fpo_module, name)
+
+    def recorder(*args):
+        calls.append((args, function(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(fpo_module, name, recorder)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["box", "dict", "normalize"])
+@pytest.mark.parametrize("ratio_type", RATIO_TYPES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_first_ratio_is_exactly_one(monkeypatch, kind, ratio_type, prediction_type):
+    model = make_model(kind, ratio_type=ratio_type, policy_kwargs=dict(prediction_type=prediction_type))
+    calls = record_calls(monkeypatch, "flow_ratio")
+    for _ in range(2):
+        calls.clear()
+        collect(model)
+        model.train()
+        ratios = [ratio for _, ratio in calls]
+        assert ratios[0].shape == (32, 1 if ratio_type == "averaged" else 8)
+        assert th.equal(ratios[0], th.ones_like(ratios[0]))
+        assert not th.equal(ratios[-1], th.ones_like(ratios[-1]))
+
+
+@pytest.mark.parametrize("kind", ["box", "dict", "normalize"])
+def test_pairs_stay_with_their_transition(monkeypatch, kind):
+    """With a learning rate of zero the ratio stays one in every minibatch of every epoch, however it is shuffled."""
+    model = make_model(kind, learning_rate=0.0, n_epochs=4)
+    if kind == "normalize":
+        # Statistics that change during the rollout must not matter: the stored observations are normalized already
+        model.env.obs_rms.count = 1e-2
+    collect(model)
+    calls = record_calls(monkeypatch, "flow_ratio")
+    model.train()
+    assert len(calls) == 4 * 4
+    for _, ratio in calls:
+        assert th.allclose(ratio, th.ones_like(ratio), atol=1e-5)
+    # Pairs of another transition would have shown
+    (old_loss, loss, *_), _ = calls[-1]
+    assert not th.allclose(old_loss.roll(1, dims=0), loss, atol=1e-2)
+
+
+def test_every_transition_once_per_epoch():
+    model = make_model()
+    collect(model)
+    actions = model.rollout_buffer.actions.copy().reshape(-1, 1)
+    rollout = model._get_rollout()
+    assert np.allclose(np.sort(rollout.actions.numpy(), axis=0), np.sort(actions, axis=0))
+    assert not np.allclose(rollout.actions.numpy(), actions)
+    for _ in range(2):
+        indices = th.cat(list(model._shuffled_minibatches(128)))
+        assert th.equal(indices.sort().values, th.arange(128))
+
+
+def test_loss_is_that_of_the_rollout():
+    """The loss of a transition, from the plain network and the stored (raw) action and observation."""
+    model = make_model(n_mc_samples=3)
+    collect(model)
+    rollout = model._get_rollout()
+    assert rollout.noise.shape == (128, 3, 1) and rollout.timesteps.shape == (128, 3)
+    values, outputs = model._evaluate_flow(rollout)
+    network = model.policy.action_net
+    actions = rollout.actions.unsqueeze(1)
+    x_t = interpolate(actions, rollout.noise, rollout.timesteps)
+    plain = network.forward_plain(rollout.observations, x_t, rollout.timesteps)
+    expected = cfm_loss(plain, actions, rollout.noise, rollout.timesteps, "velocity", "noise")
+    assert th.allclose(model._cfm_loss(outputs, rollout), expected, atol=1e-5)
+    assert th.allclose(values.flatten(), rollout.old_values, atol=1e-5)
+
+
+def test_raw_actions_in_the_buffer_legal_ones_in_the_env():
+    class RecordActions(gym.ActionWrapper):
+        actions = []
+
+        def action(self, action):
+            self.actions.append(action)
+            return action
+
+    env = DummyVecEnv([lambda: RecordActions(gym.make("Pendulum-v1"))])
+    model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu")
+    collect(model)
+    raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)
+    assert np.abs(raw).max() > 1.5
+    assert np.allclose(sent, 2 * np.tanh(raw), atol=1e-6)
+    assert sent.dtype == np.float32 and all(env.action_space.contains(action) for action in sent)
+    assert np.allclose(model.policy.scale_action(sent), raw, atol=1e-2)
+
+    RecordActions.actions.clear()
+    model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu", policy_kwargs=dict(squash_output=False))
+    collect(model)
+    raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)
+    assert np.abs(raw).max() > 2
+    assert np.allclose(sent, np.clip(raw, -2, 2))
+
+
+def test_action_perturbation():
+    model = make_model(policy_kwargs=dict(action_perturbation_std=0.5))
+    obs = th.zeros(20000, 3)
+    th.manual_seed(0)
+    unperturbed = model.policy._predict(obs)
+    th.manual_seed(0)
+    difference = model.policy(obs)[0] - unperturbed
+    assert difference.std().item() == pytest.approx(0.5, rel=0.05)
+    assert th.equal(model.policy(obs, deterministic=True)[0], model.policy._predict(obs, deterministic=True))
+
+
+def test_zero_noise_prediction():
+    """Deterministic predictions integrate from zero noise, others are the flow of a random one."""
+    model = make_model()
+    obs = np.zeros((5, 3), dtype=np.float32)
+    network = model.policy.action_net
+    with th.no_grad():
+        x = th.zeros(5, 1)
+        for k in range(10):
+            x = x - 0.1 * network.forward_plain(th.zeros(5, 3), x.unsqueeze(1), th.full((5, 1), 1 - k / 10)).squeeze(1)
+    assert np.allclose(model.predict(obs, deterministic=True)[0], 2 * np.tanh(x.numpy()), atol=1e-5)
+    assert model.predict(obs, deterministic=False)[0].std() > 0.1
+
+
+def test_gradients_reach_only_what_they_should():
+    model = make_model(vf_coef=0.5)
+    policy = model.policy
+    collect(model)
+    rollout = model._get_rollout()
+    actor = set(policy.action_net.parameters())
+    critic = {*policy.mlp_extractor.parameters(), *policy.value_net.parameters()}
+    assert actor | critic == set(policy.parameters())
+    values, outputs = model._evaluate_flow(rollout)
+    for loss, touched in [(model._cfm_loss(outputs, rollout).mean(), actor), (values.square().mean(), critic)]:
+        policy.zero_grad()
+        loss.backward()
+        assert {parameter for parameter in policy.parameters() if parameter.grad is not None} == touched
+
+
+def test_target_kl_stops_early():
+    model = make_model(n_epochs=10, target_kl=1e-7)
+    collect(model)
+    model.train()
+    assert model._n_updates == 1
+    model = make_model(n_epochs=10, target_kl=1e3)
+    collect(model)
+    model.train()
+    assert model._n_updates == 10
+
+
+def test_pseudo_kl_by_hand():
+    """Mean squared change of the predicted noise: (1 - t)^2 times that of the velocity."""
+    model = make_model()
+    change, t = th.tensor([[[1.0, -2.0]]]), th.tensor([[0.25]])
+    assert model._pseudo_kl(change, t).item() == pytest.approx(0.75**2 * 2.5)
+
+
+def test_positive_advantage(monkeypatch):
+    model = make_model(positive_advantage=True, n_epochs=1, batch_size=128)
+    collect(model)
+    calls = record_calls(monkeypatch, "surrogate_objective")
+    model.train()
+    advantages = calls[0][0][1]
+    assert (advantages >= 0).all()
+    expected = np.log1p(np.exp(model.rollout_buffer.advantages.astype(np.float64)))
+    assert np.allclose(np.sort(advantages.flatten()), np.sort(expected.flatten()), rtol=1e-4)
+
+
+def test_logger_keys():
+    model = make_model()
+    model.learn(128)
+    keys = set(model.logger.name_to_value)
+    assert {
+        "train/clip_fraction", "train/policy_gradient_loss", "train/value_loss", "train/explained_variance",
+        "train/approx_kl", "train/cfm_loss", "train/ratio_min", "train/ratio_max", "train/raw_action_max",
+        "train/loss", "train/learning_rate", "train/clip_range", "train/n_updates",
+    } <= keys  # fmt: skip
+    values = model.logger.name_to_value
+    assert values["train/ratio_min"] <= 1 <= values["train/ratio_max"]
+    assert values["train/raw_action_max"] == pytest.approx(np.abs(model.rollout_buffer.actions).max())
+
+
+class Bandit(gym.Env):
+    """One state, one action in [-1, 1], and two equal rewards, around -0.6 and 0.6."""
+
+    observation_space = spaces.Box(-1, 1, (1,))
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        reward = float(np.exp(-(((abs(action[0]) - 0.6) / 0.15) ** 2)))
+        return np.zeros(1, dtype=np.float32), reward, True, False, {}
+
+
+def share_of_modes(model):
+    actions = model.predict(np.zeros((5000, 1), dtype=np.float32), deterministic=False)[0].flatten()
+    return np.mean(np.abs(actions + 0.6) < 0.25), np.mean(np.abs(actions - 0.6) < 0.25)
+
+
+def test_bandit_keeps_both_modes():
+    """A flow keeps both peaks of the reward, a Gaussian has to choose one or to spread over what lies between."""
+    kwargs = dict(n_steps=512, batch_size=128, gamma=0.0, gae_lambda=0.0, seed=0, device="cpu")
+    flow = FPO("MlpPolicy", Bandit(), learning_rate=1e-3, **kwargs).learn(20_000)
+    left, right = share_of_modes(flow)
+    assert left >= 0.2 and right >= 0.2
+    assert left + right > 0.8
+
+    gaussian = PPO("MlpPolicy", Bandit(), learning_rate=1e-3, **kwargs).learn(20_000)
+    left, right = share_of_modes(gaussian)
+    assert min(left, right) < 0.2 or left + right < 0.8
+
+
+def test_ema():
+    """The average predicts, the actor collects; the recursion is that of an exponential moving average."""
+    model = make_model(ema_decay=0.9, ema_start=2, n_epochs=1, batch_size=128)
+    policy = model.policy
+    weights, averages = [policy.action_net.input_layer.weight.detach().clone()], []
+    for _ in range(5):
+        collect(model)
+        model.train()
+        weights.append(policy.action_net.input_layer.weight.detach().clone())
+        averages.append(policy.ema.module[1].input_layer.weight.clone())
+    # A copy until there were `ema_start` updates
+    for k in range(2):
+        assert th.equal(averages[k], weights[k + 1])
+    for k in range(2, 5):
+        assert th.allclose(averages[k], 0.9 * averages[k - 1] + 0.1 * weights[k + 1], atol=1e-7)
+
+    obs = np.zeros((4, 3), dtype=np.float32)
+    predicted = model.predict(obs, deterministic=True)[0]
+    rollout_action = policy.unscale_action(policy(th.zeros(4, 3), deterministic=True)[0].detach().numpy())
+    assert not np.allclose(predicted, rollout_action)
+    policy.action_net.load_state_dict(policy.ema.module[1].state_dict())
+    rollout_action = policy.unscale_action(policy(th.zeros(4, 3), deterministic=True)[0].detach().numpy())
+    assert np.allclose(predicted, rollout_action, atol=1e-6)
+    # No optimizer state or gradient for the average
+    assert len(policy.optimizer.param_groups[0]["params"]) == len(list(make_model().policy.parameters()))

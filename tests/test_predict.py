@@ -1,0 +1,40 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_flow import FPO
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", pytest.param("cuda", marks=pytest.mark.skipif(
+    not th.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+def test_predict(device):
+    env = make_vec_env("Pendulum-v1", 2)
+    model = FPO("MlpPolicy", env, device=device)
+    obs = env.reset()
+    for deterministic in (True, False):
+        action, state = model.predict(obs, deterministic=deterministic)
+        assert isinstance(action, np.ndarray) and action.shape == (2, 1) and state is None
+        action, _ = model.predict(obs[0], deterministic=deterministic)
+        assert action.shape == (1,) and env.action_space.contains(action)
+    single, _ = model.predict(obs[0], deterministic=True)
+    both, _ = model.predict(obs, deterministic=True)
+    assert np.allclose(single, both[0], atol=1e-6)
+    evaluate_policy(model, env, n_eval_episodes=2)
+
+
+def test_deterministic_and_random():
+    model = FPO("MlpPolicy", "Pendulum-v1", device="cpu")
+    obs = np.zeros((100, 3), dtype=np.float32)
+    deterministic, _ = model.predict(obs, deterministic=True)
+    assert np.allclose(deterministic, deterministic[0])
+    assert len(np.unique(model.predict(obs, deterministic=False)[0])) > 90
+
+
+def test_mixing_gym_vecenv_api():
+    env = gym.make("Pendulum-v1")
+    model = FPO("MlpPolicy", env)
+    with pytest.raises(ValueError, match="mixing Gym API"):
+        model.predict(env.reset())

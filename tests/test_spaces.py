@@ -1,0 +1,79 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from sb3_flow import FPO
+
+
+class RandomEnv(gym.Env):
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return self.observation_space.sample(), 0.5, False, False, {}
+
+
+def run(observation_space, action_space, policy="MlpPolicy", **kwargs):
+    env = gym.wrappers.TimeLimit(RandomEnv(observation_space, action_space), 30)
+    model = FPO(policy, env, n_steps=64, batch_size=32, n_epochs=1, device="cpu", policy_kwargs=dict(net_arch=[12], **kwargs))
+    model.learn(64)
+    obs, _ = env.reset()
+    for deterministic in (True, False):
+        action, _ = model.predict(obs, deterministic=deterministic)
+        assert action.dtype == action_space.dtype
+        assert action_space.contains(action)
+    return model
+
+
+BOX = spaces.Box(-1, 1, (2,))
+
+
+@pytest.mark.parametrize("action_dim", [1, 2, 17, 60])
+@pytest.mark.parametrize("obs_dim", [1, 1000])
+def test_sizes(obs_dim, action_dim):
+    run(spaces.Box(-1, 1, (obs_dim,)), spaces.Box(-1, 1, (action_dim,)))
+
+
+@pytest.mark.parametrize("squash_output", [True, False])
+@pytest.mark.parametrize(
+    "action_space",
+    [
+        spaces.Box(-1, 1, (2, 3)),
+        spaces.Box(-2, 5, (2,), dtype=np.float64),
+        spaces.Box(np.array([-0.4, 0.0, 10.0], dtype=np.float32), np.array([0.4, 1e-3, 1000.0], dtype=np.float32)),
+    ],
+)
+def test_action_spaces(action_space, squash_output):
+    run(BOX, action_space, squash_output=squash_output)
+
+
+@pytest.mark.parametrize(
+    "observation_space",
+    [
+        spaces.Discrete(5),
+        spaces.MultiDiscrete([4, 3]),
+        spaces.MultiBinary(8),
+        spaces.Box(-1, 1, (2, 3), dtype=np.float64),
+    ],
+)
+def test_observation_spaces(observation_space):
+    run(observation_space, BOX)
+
+
+def test_tanh_reaches_the_bounds_and_no_further():
+    """Raw actions at which tanh saturates in single precision."""
+    action_space = spaces.Box(np.array([-0.4, 0.1], dtype=np.float32), np.array([0.4, 0.7], dtype=np.float32))
+    policy = FPO("MlpPolicy", RandomEnv(BOX, action_space), device="cpu").policy
+    raw = np.array([[-50.0, -50.0], [50.0, 50.0], [0.0, 0.0]], dtype=np.float32)
+    actions = policy.unscale_action(raw)
+    assert np.array_equal(actions[0], action_space.low) and np.array_equal(actions[1], action_space.high)
+    assert np.allclose(actions[2], [0.0, 0.4])
+    # The inverse, inside of the bounds
+    raw = np.array([[-2.0, 0.3]], dtype=np.float32)
+    assert np.allclose(policy.scale_action(policy.unscale_action(raw)), raw, atol=1e-3)

@@ -1,0 +1,209 @@
+"""The command line, through rl-zoo3's own programs."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
+
+from rl_zoo3 import ALGOS
+
+import sb3_flow.zoo
+from sb3_flow import FPO
+from sb3_flow.zoo import cli
+from sb3_flow.zoo.experiment import last_checkpoint
+
+TRAIN = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "--num-threads", "1", "--seed", "1", "-params", "n_envs:2",
+         "batch_size:64", "n_epochs:2", "n_steps:64", "normalize:True", "--verbose", "0"]  # fmt: skip
+ROOT = Path(sb3_flow.__file__).parent.parent
+
+
+def sb3_flow_main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["sb3-flow", *map(str, args)])
+    cli.main()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    """Nothing may depend on the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_register():
+    sb3_flow.zoo.register()
+    sb3_flow.zoo.register()
+    assert ALGOS["fpo"] is FPO and "ppo" in ALGOS
+
+
+@pytest.mark.parametrize("algo", sb3_flow.zoo.FLOW_ALGOS)
+def test_hyperparameters_are_valid(algo):
+    """Every block of the YAML files builds a model."""
+    from rl_zoo3.exp_manager import ExperimentManager
+    from torch import nn  # noqa: F401 used by the evaluated strings
+
+    blocks = yaml.safe_load(Path(sb3_flow.zoo.default_conf_file(algo)).read_text())
+    assert "default" in blocks
+    for hyperparams in blocks.values():
+        kwargs = {
+            key: value
+            for key, value in hyperparams.items()
+            if key not in {"n_envs", "n_timesteps", "normalize", "policy", "env_wrapper"}
+        }
+        kwargs = ExperimentManager._preprocess_schedules(kwargs)
+        kwargs["policy_kwargs"] = eval(kwargs.get("policy_kwargs", "{}"))
+        model = sb3_flow.zoo.FLOW_ALGOS[algo](hyperparams["policy"], "Pendulum-v1", **kwargs)
+        assert model.n_steps * hyperparams.get("n_envs", 1) % model.batch_size == 0
+
+
+def test_train_evaluate_enjoy(monkeypatch, capsys):
+    sb3_flow_main(monkeypatch, *TRAIN, "-n", 512, "--eval-freq", 256, "--eval-episodes", 2, "-P")
+    run = Path("logs/fpo/Pendulum-v1_1")
+    assert (run / "Pendulum-v1.zip").is_file() and (run / "0.monitor.csv").is_file()
+    # Our own hyperparameters, with those of the command line on top
+    assert "hyperparams/fpo.yml" in capsys.readouterr().out
+    config = yaml.unsafe_load((run / "Pendulum-v1" / "config.yml").read_text())
+    assert config["n_steps"] == 64 and config["gamma"] == 0.9
+
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 3)
+    out = capsys.readouterr().out
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["n_eval_episodes"] == 3 and result["deterministic"] and result["num_timesteps"] == 512
+    assert f"{result['mean_return']:.2f} ± {result['std_return']:.2f}" in out
+    image = (run / "learning_curve.png").read_bytes()
+    assert image.startswith(b"\x89PNG") and len(image) > 10_000
+
+    sb3_flow_main(monkeypatch, "enjoy", "--algo", "fpo", "--env", "Pendulum-v1", "--no-render", "-n", 400)
+    assert "2 Episodes" in capsys.readouterr().out
+
+
+def test_other_algorithms_still_train(monkeypatch):
+    sb3_flow_main(
+        monkeypatch, "train", "--algo", "ppo", "--env", "Pendulum-v1", "-n", 64, "-params", "n_envs:1", "n_steps:64",
+        "--eval-freq", -1,
+    )  # fmt: skip
+    assert Path("logs/ppo/Pendulum-v1_1/Pendulum-v1.zip").is_file()
+
+
+def test_own_conf_file(monkeypatch):
+    Path("mine.yml").write_text("Pendulum-v1: {n_timesteps: 64, policy: MlpPolicy, n_steps: 64, batch_size: 64, n_epochs: 1}\n")
+    sb3_flow_main(monkeypatch, "train", "--algo", "fpo", "--env", "Pendulum-v1", "-conf", "mine.yml", "--eval-freq", -1)
+    config = yaml.unsafe_load(Path("logs/fpo/Pendulum-v1_1/Pendulum-v1/config.yml").read_text())
+    assert set(config) == {"n_timesteps", "policy", "n_steps", "batch_size", "n_epochs"}
+
+
+def checkpoint_steps(run):
+    return sorted(int(path.stem.split("_")[-2]) for path in run.glob("rl_model_*_steps.zip"))
+
+
+def start_training(*args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "sb3_flow.zoo", *TRAIN, *map(str, args)], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def wait_for_checkpoint(process, run):
+    deadline = time.time() + 120
+    while not checkpoint_steps(run) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.2)
+    assert process.poll() is None, "the run ended before it could be stopped"
+
+
+def test_killed_run_resumes(monkeypatch, capsys):
+    run = Path("logs/fpo/Pendulum-v1_1")
+    options = ["-n", 100_000, "--save-freq", 512, "--eval-freq", 256, "--eval-episodes", 1]
+    process = start_training(*options)
+    wait_for_checkpoint(process, run)
+    process.kill()
+    process.wait()
+    # What it did not finish writing is not taken for a checkpoint
+    (run / "rl_model_90000_steps.zip").write_bytes(b"PK")
+    last, steps = last_checkpoint(run)
+    shutil.copy(last, run / "rl_model_80000_steps.zip")
+    assert last_checkpoint(run) == (last, steps) and steps < 80_000
+    assert not (run / "Pendulum-v1.zip").exists()
+    monitor_lines = len((run / "0.monitor.csv").read_text().splitlines())
+
+    options[1] = steps + 1024
+    sb3_flow_main(monkeypatch, *TRAIN, *options, "--resume")
+    assert f"Resuming {run} after {steps} of {steps + 1024} timesteps" in capsys.readouterr().out
+    # In the same folder, with the same statistics, for the rest of the timesteps only
+    assert [path.name for path in Path("logs/fpo").iterdir()] == ["Pendulum-v1_1"]
+    model = FPO.load(run / "Pendulum-v1.zip")
+    assert steps + 1024 <= model.num_timesteps < steps + 1024 + 128
+    assert len((run / "0.monitor.csv").read_text().splitlines()) > monitor_lines
+    timesteps = np.load(run / "evaluations.npz")["timesteps"]
+    # (it may have been killed after a checkpoint but before the evaluation at the same step)
+    assert timesteps[0] == 256 and set(np.diff(timesteps)) <= {256, 512} and timesteps[-1] > steps
+
+
+def test_interrupted_run_is_saved():
+    run = Path("logs/fpo/Pendulum-v1_1")
+    process = start_training("-n", 100_000, "--save-freq", 512, "--eval-freq", -1)
+    wait_for_checkpoint(process, run)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    model = FPO.load(run / "Pendulum-v1.zip")
+    assert 512 <= model.num_timesteps < 100_000
+
+
+def test_resume_without_checkpoint(monkeypatch):
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        sb3_flow_main(monkeypatch, *TRAIN, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fly"], "unknown command 'fly', it must be one of train"),
+        (["train", "--algo", "fpo", "--env", "Pendolum-v1"], "argument --env: .*Pendulum"),
+        (["train", "--algo", "fpo", "--env", "CartPole-v1"], "only supports .*Box.* but Discrete"),
+        ([*TRAIN[:5], "-params", "trust_region:'foo'"], "Unknown `trust_region`: 'foo', .* 'ppo', 'spo', 'aspo'"),
+        ([*TRAIN[:5], "-params", "use_sde:True"], "`use_sde` must be False"),
+    ],
+)
+def test_errors_before_anything_is_written(monkeypatch, args, message):
+    with pytest.raises(SystemExit, match=message):
+        sb3_flow_main(monkeypatch, *args)
+    assert not list(Path().glob("logs/fpo/*"))
+
+
+def test_help(monkeypatch, capsys):
+    sb3_flow_main(monkeypatch, "--help")
+    assert "enjoy" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sb3_flow_main(monkeypatch, "train", "--help")
+    out = capsys.readouterr().out
+    assert "--resume" in out and "--optimize-hyperparameters" in out and "fpo" in out
+
+
+def test_imports_are_lazy():
+    """Importing the package must not import what only some of its parts need."""
+    heavy = ["rl_zoo3", "dm_control", "ogbench", "minari", "matplotlib.pyplot", "optuna"]
+    code = f"import sb3_flow, sys; print([name for name in {heavy} if name in sys.modules])"
+    # SB3 itself imports matplotlib if it is there
+    base = f"import stable_baselines3, sys; print([name for name in {heavy} if name in sys.modules])"
+    outputs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout for c in (code, base)]
+    assert outputs[0] == outputs[1]
+
+
+def test_wheel_holds_the_hyperparameters(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sb3_flow/hyperparams/fpo.yml" in names and "sb3_flow/py.typed" in names and "sb3_flow/version.txt" in names
+    # The file that is found from an installed wheel
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import sb3_flow.zoo as zoo; print(zoo.default_conf_file('fpo'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=site, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert found.stdout.strip() == str(site / "sb3_flow" / "hyperparams" / "fpo.yml")
