@@ -132,8 +132,10 @@ def test_not_finite_weights_and_losses():
         model.learn(64)
 
     model = FPO("MlpPolicy", ConstantEnv(), n_steps=64, batch_size=64, device="cpu")
-    model.policy.value_net.register_forward_hook(lambda module, inputs, output: output * (np.nan if th.is_grad_enabled() else 1))
+    model.policy.value_net.register_forward_hook(
+        lambda module, inputs, output: output * (np.nan if th.is_grad_enabled() else 1)
+    )
     before = model.policy.parameters_to_vector()
-    with pytest.raises(ValueError, match="The gradient is not finite .*value loss: nan"):
+    with pytest.raises(ValueError, match=r"The gradient is not finite .*value loss: nan"):
         model.learn(64)
     assert np.array_equal(model.policy.parameters_to_vector(), before)

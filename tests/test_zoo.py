@@ -94,10 +94,11 @@ def test_other_algorithms_still_train(monkeypatch):
 
 
 def test_own_conf_file(monkeypatch):
-    Path("mine.yml").write_text("Pendulum-v1: {n_timesteps: 64, policy: MlpPolicy, n_steps: 64, batch_size: 64, n_epochs: 1}\n")
+    hyperparams = dict(n_timesteps=64, policy="MlpPolicy", n_steps=64, batch_size=64, n_epochs=1)
+    Path("mine.yml").write_text(yaml.safe_dump({"Pendulum-v1": hyperparams}))
     sb3_flow_main(monkeypatch, "train", "--algo", "fpo", "--env", "Pendulum-v1", "-conf", "mine.yml", "--eval-freq", -1)
     config = yaml.unsafe_load(Path("logs/fpo/Pendulum-v1_1/Pendulum-v1/config.yml").read_text())
-    assert set(config) == {"n_timesteps", "policy", "n_steps", "batch_size", "n_epochs"}
+    assert dict(config) == hyperparams
 
 
 def checkpoint_steps(run):
@@ -191,7 +192,9 @@ def test_imports_are_lazy():
     code = f"import sb3_flow, sys; print([name for name in {heavy} if name in sys.modules])"
     # SB3 itself imports matplotlib if it is there
     base = f"import stable_baselines3, sys; print([name for name in {heavy} if name in sys.modules])"
-    outputs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout for c in (code, base)]
+    outputs = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout for c in (code, base)
+    ]
     assert outputs[0] == outputs[1]
 
 
@@ -205,5 +208,7 @@ def test_wheel_holds_the_hyperparameters(tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = "import sb3_flow.zoo as zoo; print(zoo.default_conf_file('fpo'))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=site, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=site, env={"PYTHONPATH": str(site)}, capture_output=True, text=True
+    )
     assert found.stdout.strip() == str(site / "sb3_flow" / "hyperparams" / "fpo.yml")

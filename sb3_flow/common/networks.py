@@ -17,6 +17,8 @@ class TimestepEmbedding(nn.Module):
     :param embedding_dim: Number of features, even. 0 gives the time itself, as one feature (FQL).
     """
 
+    frequencies: th.Tensor
+
     def __init__(self, embedding_dim: int = 8):
         super().__init__()
         if embedding_dim < 0 or embedding_dim % 2 != 0:
@@ -67,7 +69,9 @@ class FlowNetwork(nn.Module):
         self.output_scale = output_scale
         self.timestep_embedding = TimestepEmbedding(timestep_embedding_dim)
         input_dim = features_dim + action_dim + self.timestep_embedding.features_dim
-        self.input_layer, *layers = create_mlp(input_dim, action_dim, net_arch, activation_fn)
+        input_layer, *layers = create_mlp(input_dim, action_dim, net_arch, activation_fn)
+        assert isinstance(input_layer, nn.Linear)
+        self.input_layer = input_layer
         self.layers = nn.Sequential(*layers)
 
     def forward_plain(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:

@@ -413,9 +413,7 @@ class FPO(OnPolicyAlgorithm):
             shape, self.timestep_distribution, self.policy.n_flow_steps, self.policy.prediction_type, self.device
         )
         noise = th.randn((*shape, data.actions.shape[1]), device=self.device)
-        return FlowRollout(
-            data.observations, data.actions, data.old_values, data.advantages, data.returns, noise, timesteps
-        )
+        return FlowRollout(data.observations, data.actions, data.old_values, data.advantages, data.returns, noise, timesteps)
 
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
         return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch as th
@@ -63,6 +63,8 @@ class FlowPolicy(ActorCriticPolicy):
         No average is kept if None.
     :raises ValueError: if an argument has no meaning for a flow policy or is out of its range
     """
+
+    action_net: FlowNetwork
 
     def __init__(
         self,
@@ -191,8 +193,8 @@ class FlowPolicy(ActorCriticPolicy):
         if not 0 < ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, it is {ema_decay}")
         self.ema_decay = ema_decay
-        actor = nn.ModuleList([self.pi_features_extractor, self.action_net])
-        self.ema = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True).requires_grad_(False)
+        self.ema = AveragedModel(self._actor(), multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        self.ema.requires_grad_(False)
 
     def update_ema(self, restart: bool = False) -> None:
         """
@@ -203,7 +205,10 @@ class FlowPolicy(ActorCriticPolicy):
         assert self.ema is not None, "create_ema() must be called first"
         if restart:
             self.ema.n_averaged.zero_()
-        self.ema.update_parameters(nn.ModuleList([self.pi_features_extractor, self.action_net]))
+        self.ema.update_parameters(self._actor())
+
+    def _actor(self) -> nn.ModuleList:
+        return nn.ModuleList([self.pi_features_extractor, self.action_net])
 
     def _actor_and_critic_features(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         features = self.extract_features(obs)
@@ -239,9 +244,9 @@ class FlowPolicy(ActorCriticPolicy):
         :param deterministic: Whether to integrate from zero noise ("zero-sampling" of FPO++) or from a random one
         :return: Raw action, (batch, action_dim)
         """
-        features_extractor, action_net = (self.pi_features_extractor, self.action_net) if self.ema is None else self.ema.module
-        features = BasePolicy.extract_features(self, observation, features_extractor)
-        return self._sample(action_net, features, deterministic)
+        features_extractor, action_net = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
+        features = BasePolicy.extract_features(self, observation, cast(BaseFeaturesExtractor, features_extractor))
+        return self._sample(cast(FlowNetwork, action_net), features, deterministic)
 
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_sb3 import EnvironmentName
@@ -22,7 +23,7 @@ def evaluate(
     stochastic: bool = False,
     seed: int = 0,
     device: str = "auto",
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """
     Evaluate the model of a run, print the mean and standard deviation of its return, and leave
     ``evaluation.json`` and ``learning_curve.png`` in the folder of the run.

@@ -1,0 +1,28 @@
+"""Sphinx configuration."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.abspath(".."))
+
+import sb3_flow
+
+project = "sb3-flow"
+author = "The sb3-flow developers"
+copyright = "2026, The sb3-flow developers"
+version = release = sb3_flow.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"sb3-flow {release}"
+html_static_path = ["_static"]
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+# Parameters of the constructor are documented in the docstring of the class, as in SB3
+autoclass_content = "class"
+# The parents' docstrings have cross-references into SB3's own documentation
+autodoc_inherit_docstrings = False
+nitpicky = False
