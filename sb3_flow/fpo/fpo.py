@@ -364,7 +364,7 @@ class FPO(OnPolicyAlgorithm):
                         "training stopped before it reached the weights"
                     )
                 self.policy.optimizer.step()
-                if self.ema_decay is not None:
+                if self.policy.ema is not None:
                     self.policy.update_ema(restart=self._n_updates < self.ema_start)
 
             self._n_updates += 1

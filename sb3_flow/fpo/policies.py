@@ -149,7 +149,8 @@ class FlowPolicy(ActorCriticPolicy):
             self.output_scale,
         )
         # The actor takes the features as they are: this one only holds the layers of the value function
-        self.mlp_extractor = MlpExtractor(self.features_dim, dict(pi=[], vf=net_arch.get("vf", [])), self.activation_fn)
+        vf_arch: dict[str, list[int]] = dict(pi=[], vf=net_arch.get("vf", []))
+        self.mlp_extractor = MlpExtractor(self.features_dim, vf_arch, self.activation_fn, device=self.device)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
 
         if self.ortho_init:
@@ -220,7 +221,7 @@ class FlowPolicy(ActorCriticPolicy):
 
         :param obs: Observation
         :param deterministic: Whether to integrate from zero noise, without perturbation
-        :return: raw action, (batch, *action_space.shape), value, (batch, 1), and zeros, (batch,),
+        :return: raw action, ``(batch, *action_space.shape)``, value, (batch, 1), and zeros, (batch,),
             in place of the log probability, which a flow policy does not need
         :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
         """
