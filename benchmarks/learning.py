@@ -52,12 +52,11 @@ def hyperparameters(setting: str, env_id: str) -> dict:
     return zoo_blocks.get(env_id) or zoo_blocks[env_id.replace("-v5", "-v4")]
 
 
-def provenance(command: list[str]) -> dict:
+def provenance() -> dict:
     packages = ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "mujoco", "numpy")
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return dict(
-        command=" ".join(command),
         commit=commit,
         versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
         hardware=f"{os.cpu_count()} × {cpu[0] if cpu else platform.processor()}",
@@ -80,9 +79,8 @@ def run(setting: str, env_id: str, steps: int, seed: int, logs: Path) -> None:
     log_folder.mkdir(parents=True, exist_ok=True)
     conf_file = log_folder / "hyperparams.yml"
     conf_file.write_text(yaml.safe_dump({env_id: hyperparameters(setting, env_id)}))
-    command = ["sb3-flow", "train", "--algo", algo, "--env", env_id, "-n", str(steps), "--seed", str(seed),
-               "--num-threads", "1", "-f", str(log_folder), "-conf", str(conf_file), "--verbose", "0"]  # fmt: skip
-    sys.argv = list(command)
+    sys.argv = ["sb3-flow", "train", "--algo", algo, "--env", env_id, "-n", str(steps), "--seed", str(seed),
+                "--num-threads", "1", "-f", str(log_folder), "-conf", str(conf_file), "--verbose", "0"]  # fmt: skip
     cli.main()
 
     run_folder = log_folder / algo / f"{env_id}_{get_latest_run_id(str(log_folder / algo), env_id)}"
@@ -107,7 +105,8 @@ def run(setting: str, env_id: str, steps: int, seed: int, logs: Path) -> None:
         training_curve=[[int(bin_ * BIN + BIN // 2), float(returns[bins == bin_].mean())] for bin_ in np.unique(bins)],
         deterministic_curve=during,
         hyperparameters=hyperparameters(setting, env_id),
-        **provenance(command),
+        command=f"python benchmarks/learning.py --env {env_id} --steps {steps} --settings {setting} --seeds {seed}",
+        **provenance(),
     )
     RESULTS.mkdir(parents=True, exist_ok=True)
     result_file(setting, env_id, steps, seed).write_text(json.dumps(result, indent=1) + "\n")
