@@ -6,9 +6,12 @@ BIN = $(VENV)/bin
 
 # make train
 ALGO ?= fpo
-ENV ?= HalfCheetah-v5
+# (not taken from the environment, where the name has other uses)
+ENV = HalfCheetah-v5
 STEPS ?= 300000
 LOGS ?= logs
+# A CPU is faster than a GPU for networks of this size
+DEVICE ?= cpu
 # make train RESUME=1 goes on from the last checkpoint of the latest run
 RESUME ?=
 
@@ -25,7 +28,7 @@ install: $(BIN)/sb3-flow
 # One thread is faster than several for networks of this size
 train: install
 	$(BIN)/sb3-flow train --algo $(ALGO) --env $(ENV) --n-timesteps $(STEPS) --log-folder $(LOGS) --num-threads 1 \
-		--progress $(if $(RESUME),--resume)
+		--device $(DEVICE) --progress $(if $(RESUME),--resume)
 	$(BIN)/sb3-flow evaluate --algo $(ALGO) --env $(ENV) --folder $(LOGS)
 
 pytest = $(BIN)/python -m pytest -n 2 --dist loadfile

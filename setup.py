@@ -14,7 +14,7 @@ extras = {
     "offline": ["ogbench>=1.2,<2", "minari[hdf5]>=0.5.4", "h5py", "pillow"],
     "plots": ["matplotlib"],
     "docs": ["sphinx>=7", "furo"],
-    "tests": ["pytest", "pytest-xdist", "ruff", "black", "mypy", "tensorboard", "opencv-python-headless", "moviepy"],
+    "tests": ["pytest", "pytest-xdist", "ruff", "black", "mypy", "tensorboard"],
 }
 extras["all"] = sorted({requirement for name in extras for requirement in extras[name]})
 

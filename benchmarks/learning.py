@@ -55,7 +55,9 @@ def hyperparameters(setting: str, env_id: str) -> dict:
 def provenance() -> dict:
     packages = ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "mujoco", "numpy")
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     return dict(
         commit=commit,
         versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -150,7 +152,9 @@ def main() -> None:
         return
 
     def start(setting: str, seed: int) -> None:
-        if result_file(setting, args.env, args.steps, seed).exists():
+        file = result_file(setting, args.env, args.steps, seed)
+        # Those of other hyperparameters are out of date
+        if file.exists() and json.loads(file.read_text())["hyperparameters"] == hyperparameters(setting, args.env):
             return
         log = args.logs / f"{args.env.replace('/', '-')}-{setting}-seed{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"sb3-flow {release}"
-html_static_path = ["_static"]
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -63,6 +63,14 @@ def test_not_for_a_flow_policy():
         model.policy.get_distribution(th.zeros(1, 3))
 
 
+def test_choices_are_checked_when_a_model_is_loaded(tmp_path):
+    model = FPO("MlpPolicy", "Pendulum-v1")
+    model.save(tmp_path / "model.zip")
+    for kwargs in (dict(trust_region="foo"), dict(ratio_type="foo"), dict(supervision="foo"), dict(n_epochs=0)):
+        with pytest.raises(ValueError, match=f"`{next(iter(kwargs))}`"):
+            FPO.load(tmp_path / "model.zip", **kwargs)
+
+
 class ConstantEnv(gym.Env):
     """Observations and rewards of the wrong kind, after some steps."""
 

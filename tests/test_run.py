@@ -95,6 +95,12 @@ def test_rollout_sizes():
         run(batch_size=63)
 
 
+def test_learning_rate_stays_positive():
+    """The last rollout goes beyond the end of a schedule that decreases to zero."""
+    model = run(total_timesteps=100, learning_rate=lambda progress: 1e-3 * progress)
+    assert model.num_timesteps == 128 and model.logger.name_to_value["train/learning_rate"] == 0
+
+
 def test_recommends_cpu():
     model = FPO("MlpPolicy", "Pendulum-v1", device="cpu")
     model.device = th.device("cuda")

@@ -22,4 +22,7 @@ def test_vec_normalize(tmp_path):
     assert loaded.get_vec_normalize_env() is test_env
     obs = test_env.reset()
     assert np.array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
-    sync_envs_normalization(env, test_env)
+    # Evaluation during training gets the statistics of the training env
+    test_env.obs_rms.mean[:] = 100
+    sync_envs_normalization(model.env, loaded.env)
+    assert np.array_equal(test_env.obs_rms.mean, env.obs_rms.mean)

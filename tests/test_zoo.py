@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from stable_baselines3.common.monitor import load_results
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
@@ -93,6 +94,24 @@ def test_other_algorithms_still_train(monkeypatch):
     assert Path("logs/ppo/Pendulum-v1_1/Pendulum-v1.zip").is_file()
 
 
+def test_env_kwargs_and_gym_packages(monkeypatch, capsys):
+    """An environment of the user's own, with arguments, is trained, evaluated and shown as it was made."""
+    Path("my_package.py").write_text(
+        "import gymnasium as gym\n"
+        "def make(scale=1.0, **kwargs):\n"
+        "    return gym.wrappers.TransformReward(gym.make('Pendulum-v1', **kwargs), lambda reward: scale + 0 * reward)\n"
+        "gym.register('MyEnv-v0', make)\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    mine = ["--env", "MyEnv-v0", "--gym-packages", "my_package"]
+    train = ["train", "--algo", "fpo", *mine, "-n", 64, "--eval-freq", -1, "--env-kwargs", "scale:5.0"]
+    sb3_flow_main(monkeypatch, *train, "-params", "n_envs:1", "n_steps:64", "batch_size:64", "n_epochs:1")
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", *mine, "-n", 1)
+    assert json.loads(Path("logs/fpo/MyEnv-v0_1/evaluation.json").read_text())["mean_return"] == 1000.0
+    sb3_flow_main(monkeypatch, "enjoy", "--algo", "fpo", *mine, "--no-render", "-n", 200)
+    assert "Episode Reward: 1000.00" in capsys.readouterr().out
+
+
 def test_own_conf_file(monkeypatch):
     hyperparams = dict(n_timesteps=64, policy="MlpPolicy", n_steps=64, batch_size=64, n_epochs=1)
     Path("mine.yml").write_text(yaml.safe_dump({"Pendulum-v1": hyperparams}))
@@ -128,22 +147,30 @@ def test_killed_run_resumes(monkeypatch, capsys):
     # What it did not finish writing is not taken for a checkpoint
     (run / "rl_model_90000_steps.zip").write_bytes(b"PK")
     last, steps = last_checkpoint(run)
-    shutil.copy(last, run / "rl_model_80000_steps.zip")
-    assert last_checkpoint(run) == (last, steps) and steps < 80_000
+    for unfinished in (80_000, 70_000):
+        shutil.copy(last, run / f"rl_model_{unfinished}_steps.zip")
+    (run / "rl_model_vecnormalize_70000_steps.pkl").write_bytes(b"\x80")
+    assert last_checkpoint(run) == (last, steps) and steps < 70_000
+    # A start that failed is not the latest run
+    Path("logs/fpo/Pendulum-v1_2").mkdir()
     assert not (run / "Pendulum-v1.zip").exists()
-    monitor_lines = len((run / "0.monitor.csv").read_text().splitlines())
+    episodes = load_results(str(run))
 
     options[1] = steps + 1024
     sb3_flow_main(monkeypatch, *TRAIN, *options, "--resume")
     assert f"Resuming {run} after {steps} of {steps + 1024} timesteps" in capsys.readouterr().out
     # In the same folder, with the same statistics, for the rest of the timesteps only
-    assert [path.name for path in Path("logs/fpo").iterdir()] == ["Pendulum-v1_1"]
+    assert not list(Path("logs/fpo/Pendulum-v1_2").iterdir()) and not Path("logs/fpo/Pendulum-v1_3").exists()
     model = FPO.load(run / "Pendulum-v1.zip")
     assert steps + 1024 <= model.num_timesteps < steps + 1024 + 128
-    assert len((run / "0.monitor.csv").read_text().splitlines()) > monitor_lines
+    # The episodes of the resumed run come after those of the killed one
+    all_episodes = load_results(str(run))
+    assert len(all_episodes) > len(episodes)
+    assert np.array_equal(all_episodes["r"][: len(episodes)], episodes["r"])
     timesteps = np.load(run / "evaluations.npz")["timesteps"]
-    # (it may have been killed after a checkpoint but before the evaluation at the same step)
-    assert timesteps[0] == 256 and set(np.diff(timesteps)) <= {256, 512} and timesteps[-1] > steps
+    # (it may have been killed after a checkpoint but before the evaluation at the same step,
+    # or while it wrote the evaluations)
+    assert (np.diff(timesteps) > 0).all() and set(timesteps % 256) == {0} and timesteps[-1] > steps
 
 
 def test_interrupted_run_is_saved():
@@ -157,8 +184,10 @@ def test_interrupted_run_is_saved():
 
 
 def test_resume_without_checkpoint(monkeypatch):
-    with pytest.raises(SystemExit, match="no checkpoint"):
+    with pytest.raises(SystemExit, match="no run of Pendulum-v1 with a checkpoint"):
         sb3_flow_main(monkeypatch, *TRAIN, "--resume")
+    with pytest.raises(SystemExit, match=r"no checkpoint .* in nowhere"):
+        sb3_flow_main(monkeypatch, *TRAIN, "--resume", "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +198,7 @@ def test_resume_without_checkpoint(monkeypatch):
         (["train", "--algo", "fpo", "--env", "CartPole-v1"], "only supports .*Box.* but Discrete"),
         ([*TRAIN[:5], "-params", "trust_region:'foo'"], "Unknown `trust_region`: 'foo', .* 'ppo', 'spo', 'aspo'"),
         ([*TRAIN[:5], "-params", "use_sde:True"], "`use_sde` must be False"),
+        (["evaluate", "--algo", "fpo", "--env", "Pendulum-v1"], "folder was not found"),
     ],
 )
 def test_errors_before_anything_is_written(monkeypatch, args, message):
@@ -199,7 +229,13 @@ def test_imports_are_lazy():
 
 
 def test_wheel_holds_the_hyperparameters(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    # From a copy, so that what an earlier build left behind does not matter
+    source = tmp_path / "source"
+    for folder in ("sb3_flow", "hyperparams"):
+        shutil.copytree(ROOT / folder, source / folder)
+    for file in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(source)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()

@@ -65,11 +65,11 @@ def flow_target(prediction_type: str, actions: th.Tensor, noise: th.Tensor) -> t
     :param prediction_type: "velocity", "noise" or "action"
     :param actions: (..., action_dim)
     :param noise: (..., action_dim)
-    :return: (..., action_dim)
+    :return: (..., action_dim), or what broadcasts to it
     """
     if prediction_type == "velocity":
         return noise - actions
-    return (noise if prediction_type == "noise" else actions).expand(th.broadcast_shapes(actions.shape, noise.shape))
+    return noise if prediction_type == "noise" else actions
 
 
 def to_velocity(output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor | float, prediction_type: str) -> th.Tensor:

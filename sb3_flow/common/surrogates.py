@@ -15,7 +15,7 @@ TRUST_REGIONS = ("ppo", "spo", "aspo")
 
 def _clip_values(x: th.Tensor, low: float | None, high: float) -> th.Tensor:
     """Clip, but let the gradient through, as if nothing had been clipped."""
-    return x + (x.detach().clamp(low, high) - x.detach())
+    return x.detach().clamp(low, high) + (x - x.detach())
 
 
 def flow_ratio(

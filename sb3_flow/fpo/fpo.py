@@ -204,7 +204,9 @@ class FPO(OnPolicyAlgorithm):
         self.ema_decay = ema_decay
         self.ema_start = ema_start
         self.target_kl = target_kl
-        self._check_arguments()
+        # Not checked with the others: rl-zoo3 loads models that will not train with one of zero
+        if not FloatSchedule(clip_range)(1.0) > 0:
+            raise ValueError(f"`clip_range` must be positive, it is {FloatSchedule(clip_range)(1.0)}")
 
         if _init_setup_model:
             self._setup_model()
@@ -218,9 +220,6 @@ class FPO(OnPolicyAlgorithm):
         for name in ("n_steps", "batch_size", "n_epochs", "n_mc_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, it is {getattr(self, name)}")
-        initial_clip_range = FloatSchedule(self.clip_range)(1.0)
-        if not initial_clip_range > 0:
-            raise ValueError(f"`clip_range` must be positive, it is {initial_clip_range}")
         for name in ("max_grad_norm", "cfm_loss_clip", "log_ratio_clip", "target_kl"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -254,6 +253,7 @@ class FPO(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, FlowPolicy):
             raise ValueError(f"`policy` must be a FlowPolicy, it is {self.policy_class}")
+        self._check_arguments()
         super()._setup_model()
 
         # Initialize schedules for policy/value clipping
@@ -265,6 +265,11 @@ class FPO(OnPolicyAlgorithm):
 
         if self.ema_decay is not None:
             self.policy.create_ema(self.ema_decay)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go beyond the end: a learning rate that decreases to zero must not become negative
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = "FlowPolicy") -> None:
         super()._maybe_recommend_cpu(mlp_class_name)

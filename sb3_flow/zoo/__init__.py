@@ -21,6 +21,7 @@ def register() -> None:
     :raises ImportError: if rl-zoo3 is not installed
     """
     try:
+        import rl_zoo3.import_envs  # noqa: F401 registers its environments
         from rl_zoo3.utils import ALGOS
     except ImportError as error:
         raise ImportError('rl-zoo3 is not installed, it comes with: pip install "sb3-flow[zoo]"') from error

@@ -1,8 +1,9 @@
 """The command line: rl-zoo3's own programs, with the algorithms of this package."""
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,57 +15,48 @@ from sb3_flow.zoo import FLOW_ALGOS, default_conf_file, register, register_envs
 DEFAULT_SAVE_FREQ = 25_000
 
 
-def _parse_known(*options: tuple[tuple[str, ...], dict]) -> argparse.Namespace:
-    """Read some of rl-zoo3's options ahead of its own parser, which has no hook for what we need to fill in."""
-    parser = argparse.ArgumentParser(add_help=False)
-    for flags, kwargs in options:
-        parser.add_argument(*flags, **kwargs)
-    return parser.parse_known_args()[0]
+def _add_defaults(*arguments: str) -> None:
+    """Put arguments in front of those of the user, who has the last word."""
+    sys.argv[1:1] = arguments
 
 
-ALGO = (("--algo",), dict(default="ppo"))
-ENV = (("--env",), dict(default="CartPole-v1"))
-FOLDER = (("-f", "--folder"), dict(default=None))
-LOG_FOLDER = (("-f", "--log-folder"), dict(default="logs"))
+def _base_parser(**kwargs) -> argparse.ArgumentParser:
+    """The options of rl-zoo3 that we need to know ourselves."""
+    parser = argparse.ArgumentParser(**kwargs)
+    parser.add_argument("--algo", help="RL Algorithm", default="ppo")
+    parser.add_argument("--env", help="environment ID", default="CartPole-v1")
+    parser.add_argument("--gym-packages", help="Packages to import, for their environments", nargs="+", default=[])
+    return parser
 
 
 def train() -> None:
     """rl-zoo3's train: our hyperparameters, checkpoints by default, and --resume."""
     import rl_zoo3.train
-    from huggingface_sb3 import EnvironmentName
-    from rl_zoo3.utils import get_latest_run_id
 
-    from sb3_flow.zoo.experiment import FlowExperimentManager, last_checkpoint
+    from sb3_flow.zoo.experiment import FlowExperimentManager, find_run, last_checkpoint
 
-    resume = argparse.ArgumentParser(add_help=False)
-    resume.add_argument("--resume", nargs="?", const="", default=None)
-    resume_args, sys.argv[1:] = resume.parse_known_args()
-    args = _parse_known(
-        ALGO,
-        ENV,
-        LOG_FOLDER,
-        (("-conf", "--conf-file"), dict(default=None)),
-        (("--save-freq",), dict(default=None)),
-        (("--gym-packages",), dict(nargs="+", default=[])),
-    )
     if {"-h", "--help"} & set(sys.argv):
         print("sb3-flow adds to the options of rl_zoo3.train:")
         print("  --resume [RUN_FOLDER]  go on from the last checkpoint of a run that was killed (default: the latest run")
         print("                         of this --algo and --env), with the same other options\n")
-    elif not args.gym_packages:
-        _check_env(args.env)
+        rl_zoo3.train.train()
+        return
 
-    if args.conf_file is None and args.algo in FLOW_ALGOS:
-        sys.argv += ["--conf-file", default_conf_file(args.algo)]
-    if args.save_freq is None:
-        sys.argv += ["--save-freq", str(DEFAULT_SAVE_FREQ)]
+    resume_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    resume_parser.add_argument("--resume", nargs="?", const="", default=None)
+    resume, sys.argv[1:] = resume_parser.parse_known_args()
+    parser = _base_parser(add_help=False)
+    parser.add_argument("-f", "--log-folder", default="logs")
+    args = parser.parse_known_args()[0]
+    _check_env(args.env, args.gym_packages)
 
+    _add_defaults("--save-freq", str(DEFAULT_SAVE_FREQ))
+    if args.algo in FLOW_ALGOS:
+        _add_defaults("--conf-file", default_conf_file(args.algo))
     run_folder = None
-    if resume_args.resume is not None:
-        log_path = Path(args.log_folder) / args.algo
-        env_name = EnvironmentName(args.env)
-        run_folder = Path(resume_args.resume or log_path / f"{env_name}_{get_latest_run_id(str(log_path), env_name)}")
-        sys.argv += ["--trained-agent", str(last_checkpoint(run_folder)[0])]
+    if resume.resume is not None:
+        run_folder = Path(resume.resume) if resume.resume else find_run(Path(args.log_folder) / args.algo, args.env)
+        _add_defaults("--trained-agent", str(last_checkpoint(run_folder)[0]))
     rl_zoo3.train.ExperimentManager = partial(FlowExperimentManager, resume=run_folder)  # type: ignore[misc, assignment]
     rl_zoo3.train.train()
 
@@ -73,19 +65,18 @@ def enjoy() -> None:
     """rl-zoo3's enjoy, looking into logs/ (where train writes) unless told otherwise."""
     from rl_zoo3.enjoy import enjoy as rl_zoo3_enjoy
 
-    _check_env(_parse_known(ENV).env)
-    if _parse_known(FOLDER).folder is None:
-        sys.argv += ["--folder", "logs"]
+    args = _base_parser(add_help=False).parse_known_args()[0]
+    _check_env(args.env, args.gym_packages)
+    _add_defaults("--folder", "logs")
     rl_zoo3_enjoy()
 
 
 def evaluate() -> None:
     """Evaluate a trained agent and draw its learning curve."""
+    from sb3_flow.plotting.learning_curve import plot_learning_curve
     from sb3_flow.zoo.evaluate import evaluate as evaluate_run
 
-    parser = argparse.ArgumentParser(prog="sb3-flow evaluate", description=evaluate.__doc__)
-    parser.add_argument("--algo", help="RL Algorithm", default="fpo")
-    parser.add_argument("--env", help="environment ID", required=True)
+    parser = _base_parser(prog="sb3-flow evaluate", description=evaluate.__doc__)
     parser.add_argument("-f", "--folder", help="Log folder", default="logs")
     parser.add_argument("--exp-id", help="Experiment ID (default: 0: latest)", default=0, type=int)
     parser.add_argument("--load-best", action="store_true", help="Load the best model instead of the last one")
@@ -93,13 +84,22 @@ def evaluate() -> None:
     parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions")
     parser.add_argument("--seed", help="Random generator seed", default=0, type=int)
     parser.add_argument("--device", help="PyTorch device", default="auto")
-    args = parser.parse_args()
-    _check_env(args.env)
-    evaluate_run(**vars(args))
+    args = vars(parser.parse_args())
+    _check_env(args["env"], args.pop("gym_packages"))
+    result = evaluate_run(**args)
+    kind = "deterministic" if result["deterministic"] else "stochastic"
+    print(
+        f"{result['model']}: {result['mean_return']:.2f} ± {result['std_return']:.2f} "
+        f"({kind} return, {result['n_eval_episodes']} episodes)"
+    )
+    figure = plot_learning_curve(Path(result["model"]).parent, title=f"{args['algo'].upper()} on {args['env']}")
+    print(f"Learning curve: {figure}")
 
 
-def _check_env(env_id: str) -> None:
+def _check_env(env_id: str, gym_packages: Sequence[str] = ()) -> None:
     """Stop with gymnasium's own message, which suggests close names, if there is no such environment."""
+    for package in gym_packages:
+        importlib.import_module(package)
     register_envs(env_id)
     try:
         gym.spec(env_id)

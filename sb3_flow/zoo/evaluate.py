@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
-
-from sb3_flow.plotting.learning_curve import plot_learning_curve
 
 
 def evaluate(
@@ -25,8 +24,7 @@ def evaluate(
     device: str = "auto",
 ) -> dict[str, Any]:
     """
-    Evaluate the model of a run, print the mean and standard deviation of its return, and leave
-    ``evaluation.json`` and ``learning_curve.png`` in the folder of the run.
+    Evaluate the model of a run, and leave the result in ``evaluation.json`` in the folder of the run.
 
     :param algo: Name of the algorithm
     :param env: Environment id
@@ -38,11 +36,18 @@ def evaluate(
     :param seed: Seed of the environment and of the actions
     :param device: PyTorch device
     :return: what is in evaluation.json: mean and standard deviation of the return, and how they were obtained
+    :raises FileNotFoundError: if there is no such run
     """
     env_name = EnvironmentName(env)
-    _, model_path, run_folder = get_model_path(exp_id, folder, algo, env_name, load_best)
-    hyperparams, stats_path = get_saved_hyperparams(str(Path(run_folder) / env_name), test_mode=True)
-    env_kwargs = hyperparams.pop("env_kwargs", {})
+    try:
+        _, model_path, run_folder = get_model_path(exp_id, folder, algo, env_name, load_best)
+    except (ValueError, AssertionError) as error:
+        raise FileNotFoundError(str(error)) from error
+    parameters_folder = Path(run_folder) / env_name
+    hyperparams, stats_path = get_saved_hyperparams(str(parameters_folder), test_mode=True)
+    # Those of the command line of the training come first, as they did there
+    args = yaml.unsafe_load((parameters_folder / "args.yml").read_text())
+    env_kwargs = args["env_kwargs"] or hyperparams.pop("env_kwargs", {})
     set_random_seed(seed)
     vec_env = create_test_env(
         env, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
@@ -66,10 +71,4 @@ def evaluate(
         model=model_path,
     )
     (Path(run_folder) / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    figure = plot_learning_curve(Path(run_folder), title=f"{algo.upper()} on {env}")
-    print(
-        f"{model_path}: {result['mean_return']:.2f} ± {result['std_return']:.2f} "
-        f"({'stochastic' if stochastic else 'deterministic'} return, {n_eval_episodes} episodes)"
-    )
-    print(f"Learning curve: {figure}")
     return result

@@ -1,5 +1,6 @@
 """rl-zoo3's experiment manager, with runs that can be resumed."""
 
+import pickle
 import re
 import shutil
 import zipfile
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
@@ -25,6 +27,26 @@ def vecnormalize_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(re.sub(r"^rl_model_(\d+_steps).zip$", r"rl_model_vecnormalize_\1.pkl", checkpoint.name))
 
 
+def find_run(log_path: Path, env_id: str) -> Path:
+    """
+    The latest run of an environment that has a checkpoint.
+
+    :param log_path: e.g. logs/fpo
+    :param env_id: Environment id
+    :return: its folder
+    :raises FileNotFoundError: if there is none
+    """
+    name = EnvironmentName(env_id)
+    runs = {
+        int(match[1]): path
+        for path in log_path.glob(f"{name}_*")
+        if (match := re.fullmatch(rf"{re.escape(name)}_(\d+)", path.name)) and any(path.glob("rl_model_*_steps.zip"))
+    }
+    if not runs:
+        raise FileNotFoundError(f"There is no run of {env_id} with a checkpoint to resume from in {log_path}")
+    return runs[max(runs)]
+
+
 def last_checkpoint(run_folder: Path) -> tuple[Path, int]:
     """
     The last complete checkpoint of a run, which may have been killed while it wrote another.
@@ -39,12 +61,21 @@ def last_checkpoint(run_folder: Path) -> tuple[Path, int]:
         if (match := re.fullmatch(r"rl_model_(\d+)_steps.zip", path.name)) and zipfile.is_zipfile(path)
     }
     # The statistics are written last: without them a checkpoint is not complete, unless the run has none at all
-    if any(vecnormalize_path(path).is_file() for path in checkpoints.values()):
-        checkpoints = {steps: path for steps, path in checkpoints.items() if vecnormalize_path(path).is_file()}
+    if any(run_folder.glob("rl_model_vecnormalize_*_steps.pkl")):
+        checkpoints = {steps: path for steps, path in checkpoints.items() if _is_pickle(vecnormalize_path(path))}
     if not checkpoints:
         raise FileNotFoundError(f"There is no checkpoint (rl_model_*_steps.zip) to resume from in {run_folder}")
     num_timesteps = max(checkpoints)
     return checkpoints[num_timesteps], num_timesteps
+
+
+def _is_pickle(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            pickle.load(file)
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return False
+    return True
 
 
 class FlowExperimentManager(ExperimentManager):
@@ -64,20 +95,23 @@ class FlowExperimentManager(ExperimentManager):
             self.resumed_timesteps = last_checkpoint(resume)[1]
             self.save_path = str(resume)
             self.params_path = f"{self.save_path}/{self.env_name}"
+            # New Monitor files beside the old ones: each has a clock of its own, that their readers take into account
+            for path in resume.glob("[0-9]*.monitor.csv"):
+                path.rename(path.with_name(f"before_{self.resumed_timesteps}.{path.name}"))
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
         processed = super()._preprocess_hyperparams(hyperparams)
         if self.resumed_timesteps:
             print(f"Resuming {self.save_path} after {self.resumed_timesteps} of {self.n_timesteps} timesteps")
             self.n_timesteps = max(self.n_timesteps - self.resumed_timesteps, 0)
-            # Go on with the same log files
-            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
         return processed
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         # A checkpoint is to be continued with the statistics that were saved with it
         statistics = vecnormalize_path(Path(self.trained_agent)) if self.continue_training else None
         if statistics is None or statistics.suffix != ".pkl" or not statistics.is_file():
+            if self.resumed_timesteps and self.normalize:
+                raise ValueError(f"{self.trained_agent} has no statistics of VecNormalize beside it: it cannot be resumed")
             return super()._maybe_normalize(env, eval_env)
         env = VecNormalize.load(str(statistics), env)
         if eval_env:
@@ -89,34 +123,36 @@ class FlowExperimentManager(ExperimentManager):
         is_new = not Path(self.save_path).exists()
         try:
             return super().setup_experiment()
-        except (ValueError, AssertionError) as error:
-            # Nothing has started yet: the message says it all, and no empty run is left behind
+        except Exception as error:
+            # Nothing has started yet: no empty run is left behind
             if is_new:
                 shutil.rmtree(self.save_path, ignore_errors=True)
-            raise SystemExit(f"sb3-flow: error: {error}") from error
+            if isinstance(error, (ValueError, AssertionError)):
+                # The message says it all
+                raise SystemExit(f"sb3-flow: error: {error}") from error
+            raise
 
     def create_callbacks(self) -> None:
         super().create_callbacks()
         for callback in self.callbacks:
             if isinstance(callback, CheckpointCallback):
                 callback.save_vecnormalize = True
-                callback.save_replay_buffer = self.save_replay_buffer
             elif isinstance(callback, EvalCallback) and self.resumed_timesteps:
                 self._restore_evaluations(callback)
 
     def _restore_evaluations(self, callback: EvalCallback) -> None:
-        path = Path(self.save_path) / "evaluations.npz"
-        if not path.is_file():
+        try:
+            with np.load(Path(self.save_path) / "evaluations.npz") as npz:
+                evaluations = list(zip(npz["timesteps"], npz["results"], npz["ep_lengths"], strict=True))
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+            # None yet, or the run was killed while it wrote them
             return
-        with np.load(path) as evaluations:
-            for step, results, lengths in zip(
-                evaluations["timesteps"], evaluations["results"], evaluations["ep_lengths"], strict=True
-            ):
-                if step <= self.resumed_timesteps:
-                    callback.evaluations_timesteps.append(int(step))
-                    callback.evaluations_results.append(results.tolist())
-                    callback.evaluations_length.append(lengths.tolist())
-                    callback.best_mean_reward = max(callback.best_mean_reward, float(results.mean()))
+        for step, results, lengths in evaluations:
+            if step <= self.resumed_timesteps:
+                callback.evaluations_timesteps.append(int(step))
+                callback.evaluations_results.append(results.tolist())
+                callback.evaluations_length.append(lengths.tolist())
+                callback.best_mean_reward = max(callback.best_mean_reward, float(results.mean()))
 
     def learn(self, model: BaseAlgorithm) -> None:
         if self.resumed_timesteps:
