@@ -128,6 +128,13 @@ def test_raw_actions_in_the_buffer_legal_ones_in_the_env():
     assert np.allclose(model.policy.scale_action(sent), raw, atol=1e-2)
 
     RecordActions.actions.clear()
+    model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu", policy_kwargs=dict(action_scale=0.3))
+    collect(model)
+    raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)
+    assert np.allclose(sent, 2 * np.tanh(0.3 * raw), atol=1e-6)
+    assert np.allclose(model.policy.scale_action(sent), raw, atol=1e-2)
+
+    RecordActions.actions.clear()
     model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu", policy_kwargs=dict(squash_output=False))
     collect(model)
     raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)

@@ -28,8 +28,8 @@ class FlowPolicy(ActorCriticPolicy):
     velocity field from Gaussian noise (t = 1) to the action (t = 0). Used by FPO.
 
     The flow lives in an unbounded space: a *raw* action. With ``squash_output=True`` the environment receives
-    ``tanh(raw)`` rescaled to the bounds of the action space, otherwise the raw action (in env units) clipped to
-    them. Buffers and losses only see raw actions.
+    ``tanh(action_scale * raw)`` rescaled to the bounds of the action space, otherwise the raw action (in env units)
+    clipped to them. Buffers and losses only see raw actions.
 
     :param observation_space: Observation space
     :param action_space: Action space, a ``Box`` (with finite bounds if ``squash_output``)
@@ -41,6 +41,9 @@ class FlowPolicy(ActorCriticPolicy):
     :param use_sde: gSDE has no meaning for a flow: must be False
     :param squash_output: Whether to squash the raw action with a tanh and rescale it to the bounds of the
         action space, or to clip it to them
+    :param action_scale: Factor on the raw action before it is squashed. The raw actions of a new policy are about
+        standard normal: this is the standard deviation that exploration starts with, as ``exp(log_std_init)``
+        is for a Gaussian policy.
     :param features_extractor_class: Features extractor to use.
     :param features_extractor_kwargs: Keyword arguments
         to pass to the features extractor.
@@ -76,6 +79,7 @@ class FlowPolicy(ActorCriticPolicy):
         ortho_init: bool = False,
         use_sde: bool = False,
         squash_output: bool = True,
+        action_scale: float = 1.0,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         share_features_extractor: bool = True,
@@ -101,6 +105,11 @@ class FlowPolicy(ActorCriticPolicy):
         for name, value in [("sampler_sigma", sampler_sigma), ("action_perturbation_std", action_perturbation_std)]:
             if value < 0:
                 raise ValueError(f"`{name}` must not be negative, it is {value}")
+
+        if not action_scale > 0:
+            raise ValueError(f"`action_scale` must be positive, it is {action_scale}")
+        if action_scale != 1 and not squash_output:
+            raise ValueError("`action_scale` needs `squash_output=True`: actions that are clipped are in env units")
 
         # Needed by _build(), which the constructor of the parent calls
         self.n_flow_steps = n_flow_steps
@@ -128,6 +137,7 @@ class FlowPolicy(ActorCriticPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         self._squash_output = squash_output
+        self.action_scale = action_scale
         self.ema: AveragedModel | None = None
         if ema_decay is not None:
             self.create_ema(ema_decay)
@@ -171,6 +181,7 @@ class FlowPolicy(ActorCriticPolicy):
         data.update(
             dict(
                 squash_output=self.squash_output,
+                action_scale=self.action_scale,
                 share_features_extractor=self.share_features_extractor,
                 n_flow_steps=self.n_flow_steps,
                 prediction_type=self.prediction_type,
@@ -293,7 +304,7 @@ class FlowPolicy(ActorCriticPolicy):
         """
         if not self.squash_output:
             return action
-        return np.arctanh(np.clip(super().scale_action(action), -1 + 1e-6, 1 - 1e-6))
+        return np.arctanh(np.clip(super().scale_action(action), -1 + 1e-6, 1 - 1e-6)) / self.action_scale
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
@@ -305,8 +316,9 @@ class FlowPolicy(ActorCriticPolicy):
         if not self.squash_output:
             return scaled_action
         assert isinstance(self.action_space, spaces.Box)
+        action = super().unscale_action(np.tanh(self.action_scale * scaled_action))
         # Rounding may put an action just outside
-        return np.clip(super().unscale_action(np.tanh(scaled_action)), self.action_space.low, self.action_space.high)
+        return np.clip(action, self.action_space.low, self.action_space.high)
 
 
 def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:
