@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import sb3_flow.envs
 from sb3_flow.fpo import FPO
 from sb3_flow.fql import FQL
 

@@ -249,7 +249,7 @@ class FQL(OffPolicyAlgorithm):
             # Flow: behavioral cloning, eq. 5
             bc_flow_loss = self._bc_flow_loss(batch)
             # One-step policy: value maximisation and distillation of the flow, eq. 8
-            distill_loss, q_loss = self._actor_losses(batch.observations)
+            distill_loss, q_loss = self._actor_losses(batch)
             loss = critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss
 
             if not th.isfinite(loss):
@@ -292,7 +292,7 @@ class FQL(OffPolicyAlgorithm):
         discounts = self.gamma if batch.discounts is None else batch.discounts.flatten()
         with th.no_grad():
             # Select action according to the one-step policy. It has no target network
-            next_actions = self.actor(batch.next_observations, self._noise(batch.actions)).clamp(-1, 1)
+            next_actions = self.actor(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
             next_q_values = self.critic_target(batch.next_observations, next_actions)
             next_q_values = next_q_values.mean(dim=0) if self.q_agg == "mean" else next_q_values.min(dim=0).values
             target_q_values = batch.rewards.flatten() + (1 - batch.dones.flatten()) * discounts * next_q_values
@@ -304,36 +304,29 @@ class FQL(OffPolicyAlgorithm):
         :param batch: Transitions
         :return: CFM loss of the flow, for the actions of the batch
         """
-        noise = self._noise(batch.actions)
+        noise = th.randn_like(batch.actions)
         timesteps = th.rand(len(noise), device=self.device)
         velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
         return cfm_loss(velocity, batch.actions, noise, timesteps).mean()
 
-    def _actor_losses(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    def _actor_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """
-        :param observations: Observations
+        :param batch: Transitions
         :return: distillation loss and Q term of the one-step policy
         """
-        noise = self._noise(self.actor_noise_like(observations))
+        noise = th.randn_like(batch.actions)
         # The flow's action is clipped, the policy's is not: it is pulled back inside
-        actions = self.actor(observations, noise)
-        distill_loss = F.mse_loss(actions, self.bc_flow.sample(observations, noise))
+        actions = self.actor(batch.observations, noise)
+        distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
 
         # The critics are held fixed
         self.critic.requires_grad_(False)
-        q_values = self.critic(observations, actions.clamp(-1, 1)).mean(dim=0)
+        q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
         self.critic.requires_grad_(True)
         q_loss = -q_values.mean()
         if self.normalize_q_loss:
             q_loss = q_loss / q_values.detach().abs().mean()
         return distill_loss, q_loss
-
-    def actor_noise_like(self, observations: PyTorchObs) -> th.Tensor:
-        first = next(iter(observations.values())) if isinstance(observations, dict) else observations
-        return th.empty(len(first), self.actor.action_dim, device=self.device)
-
-    def _noise(self, actions: th.Tensor) -> th.Tensor:
-        return th.randn_like(actions)
 
     def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
         """
