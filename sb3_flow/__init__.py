@@ -1,6 +1,6 @@
 from pathlib import Path
 
-import sb3_flow.envs
+import sb3_flow.envs  # noqa: F401 registers the environments
 from sb3_flow.fpo import FPO
 from sb3_flow.fql import FQL
 

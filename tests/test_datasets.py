@@ -12,7 +12,9 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from sb3_flow.common.buffers import OfflineBuffer
 from sb3_flow.common.datasets import Transitions, check_transitions, from_replay_buffer, load_dataset
 
-needs_data = pytest.mark.skipif("SB3_FLOW_DATA" not in os.environ, reason="SB3_FLOW_DATA, a folder of OGBench files, is not set")
+needs_data = pytest.mark.skipif(
+    "SB3_FLOW_DATA" not in os.environ, reason="SB3_FLOW_DATA, a folder of OGBench files, is not set"
+)
 OBSERVATION_SPACE, ACTION_SPACE = spaces.Box(-10, 10, (3,)), spaces.Box(-2, 2, (2,))
 
 
@@ -129,7 +131,7 @@ def test_ogbench(name):
 
 def test_ogbench_errors(tmp_path):
     pytest.importorskip("ogbench", reason='needs pip install "sb3-flow[offline]"')
-    with pytest.raises(ValueError, match="no rewards: name a single task of it, e.g. cube-single-play-singletask-v0"):
+    with pytest.raises(ValueError, match=r"no rewards: name a single task of it, e\.g\. cube-single-play-singletask-v0"):
         load_dataset("ogbench:cube-single-play-v0")
     with pytest.raises(FileNotFoundError, match=r"cube-single-play-v0\.npz"):
         load_dataset(f"ogbench:cube-single-play-singletask-v0@{tmp_path}")
@@ -171,7 +173,7 @@ def test_dict_observations():
     assert transitions.observations["image"].dtype == np.uint8
     space = spaces.Dict({"vector": OBSERVATION_SPACE, "image": spaces.Box(0, 255, (1, 4, 4), dtype=np.uint8)})
     check_transitions(transitions, space, ACTION_SPACE)
-    with pytest.raises(ValueError, match="observations with the keys .* do not fit"):
+    with pytest.raises(ValueError, match=r"observations with the keys .* do not fit"):
         check_transitions(transitions, spaces.Dict({"vector": OBSERVATION_SPACE}))
     with pytest.raises(ValueError, match=r"observations\['vector'\] of shape \(3,\)"):
         check_transitions(transitions, spaces.Dict({**space.spaces, "vector": ACTION_SPACE}))
@@ -198,7 +200,7 @@ def test_bad_structure_is_named(tmp_path):
     arrays = make_arrays()
     with pytest.raises(ValueError, match="has no 'rewards'"):
         load_dataset({name: arrays[name] for name in ("observations", "actions")})
-    with pytest.raises(ValueError, match="same length, they have .*'rewards': 19"):
+    with pytest.raises(ValueError, match=r"same length, they have .*'rewards': 19"):
         load_dataset({**arrays, "rewards": arrays["rewards"][1:]})
     with pytest.raises(ValueError, match="`next_observations` are missing"):
         load_dataset({name: arrays[name] for name in ("observations", "actions", "rewards")})
@@ -208,9 +210,9 @@ def test_bad_structure_is_named(tmp_path):
         check_transitions(load_dataset(arrays), spaces.Box(-1, 1, (4,)))
     with pytest.raises(ValueError, match=r"actions of shape \(2,\) do not fit"):
         check_transitions(load_dataset(arrays), OBSERVATION_SPACE, spaces.Box(-1, 1, (1,)))
-    with pytest.raises(FileNotFoundError, match="nothing.npz"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.npz"):
         load_dataset(tmp_path / "nothing.npz")
-    with pytest.raises(ValueError, match="Unknown dataset 'cube.zip': it must be ogbench:NAME"):
+    with pytest.raises(ValueError, match=r"Unknown dataset 'cube\.zip': it must be ogbench:NAME"):
         load_dataset("cube.zip")
     with pytest.raises(ValueError, match="cannot be a int"):
         load_dataset(3)

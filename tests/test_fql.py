@@ -7,9 +7,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import configure_logger
-from torch.nn import functional as F
 
 from sb3_flow import FQL
 from sb3_flow.common.networks import EnsembleMLP
@@ -71,8 +69,7 @@ def reference_q(critic, member, obs, actions):
 
 def reference_losses(model, batch, noises, q_agg, normalize_q_loss):
     """The losses of the paper, with time from 0 (noise) to 1 (action) as its authors have it."""
-    obs, actions, next_obs, dones, rewards = (getattr(batch, name) for name in
-                                              ("observations", "actions", "next_observations", "dones", "rewards"))  # fmt: skip
+    obs, actions, next_obs, dones, rewards, _ = batch
     policy = model.policy
     mu = linear_layers(policy.actor.mu)
     network = linear_layers(policy.bc_flow.network.input_layer, policy.bc_flow.network.layers)
@@ -132,7 +129,8 @@ def test_one_update_equals_the_reference(monkeypatch, q_agg, normalize_q_loss):
     before = {name: parameters(module) for name, module in modules.items()}
     target_before, online_before = parameters(policy.critic_target), parameters(policy.critic)
     gradients = {
-        name: th.autograd.grad(objectives[name], list(module.parameters()), allow_unused=True) for name, module in modules.items()
+        name: th.autograd.grad(objectives[name], list(module.parameters()), allow_unused=True)
+        for name, module in modules.items()
     }
 
     model.set_logger(configure_logger(0))
@@ -172,26 +170,9 @@ def test_gradients_reach_only_what_they_should():
 
 
 def test_terminations_stop_bootstrapping_truncations_do_not():
-    model = make_model(gamma=0.9)
-    targets = {}
-
-    def record(q_values, target):
-        targets["value"] = target[0]
-        return F.mse_loss(q_values, target)
-
-    obs = th.ones(2, 3)
-    batch = ReplayBufferSamples(obs, th.zeros(2, 1), obs, th.tensor([[1.0], [0.0]]), th.tensor([[2.0], [2.0]]))
-    import sb3_flow.fql.fql as fql_module
-
-    original, fql_module.F.mse_loss = F.mse_loss, lambda q, t: original(q, targets.setdefault("value", t) * 0 + t)
-    try:
-        model._critic_loss(batch)
-    finally:
-        fql_module.F.mse_loss = original
-    assert targets["value"][0, 0] == 2.0
-    assert targets["value"][0, 1] != 2.0
-
-    # What the buffers say: an online truncation is not a termination, a trajectory's end in the dataset neither
+    """What the losses do with ``dones`` is in the reference above; this is what the buffers take for one."""
+    # An online truncation is not a termination, and neither is the end of a trajectory in the dataset
+    model = make_model()
     buffer = ReplayBuffer(2, model.observation_space, model.action_space)
     for truncated in (True, False):
         infos = [{"TimeLimit.truncated": truncated}]
@@ -306,6 +287,7 @@ def test_callbacks_offline(tmp_path):
 
 def test_resume_is_bit_equal(tmp_path):
     """100 steps, or 50, save, load and 50 more."""
+
     def sampled_after(model, steps):
         th.manual_seed(5)
         model.learn_offline(steps, reset_num_timesteps=False)

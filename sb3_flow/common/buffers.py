@@ -1,6 +1,7 @@
 """What SB3's buffers lack: a dataset to sample from, and batches drawn from several buffers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -10,7 +11,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_flow.common.datasets import Observations, Transitions
 
 
-def map_observations(function: Callable, *observations: PyTorchObs) -> PyTorchObs:
+def map_observations(function: Callable, *observations: Any) -> Any:
     """
     Apply a function to observations, or to each part of those that are dictionaries.
 
@@ -41,13 +42,13 @@ class OfflineBuffer:
         self.device = th.device(device)
         self.observations = self._to_torch(transitions.observations)
         self.next_observations = self._to_torch(transitions.next_observations)
-        self.actions = self._to_torch(transitions.actions.reshape(len(transitions), -1))
-        self.rewards = self._to_torch(transitions.rewards)
-        self.dones = self._to_torch(transitions.dones)
-        self.episode_ends = self._to_torch(transitions.episode_ends)
+        self.actions = th.as_tensor(transitions.actions.reshape(len(transitions), -1), device=self.device)
+        self.rewards = th.as_tensor(transitions.rewards, device=self.device)
+        self.dones = th.as_tensor(transitions.dones, device=self.device)
+        self.episode_ends = th.as_tensor(transitions.episode_ends, device=self.device)
 
-    def _to_torch(self, array: Observations) -> PyTorchObs:
-        return map_observations(lambda x: th.as_tensor(x, device=self.device), array)  # type: ignore[arg-type]
+    def _to_torch(self, observations: Observations) -> PyTorchObs:
+        return map_observations(lambda obs: th.as_tensor(obs, device=self.device), observations)
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -72,9 +73,9 @@ class OfflineBuffer:
             rewards = th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), dtype=th.float32, device=self.device)
         cls = DictReplayBufferSamples if isinstance(observations, dict) else ReplayBufferSamples
         return cls(
-            observations=observations,  # type: ignore[arg-type]
+            observations=observations,
             actions=self.actions[rows],
-            next_observations=next_observations,  # type: ignore[arg-type]
+            next_observations=next_observations,
             dones=dones.unsqueeze(1),
             rewards=rewards.unsqueeze(1),
             discounts=discounts,
@@ -94,9 +95,10 @@ class OfflineBuffer:
 
     def _normalize(self, observations: PyTorchObs, env: VecNormalize) -> PyTorchObs:
         arrays = map_observations(lambda obs: obs.cpu().numpy(), observations)
-        normalized = env.normalize_obs(arrays)  # type: ignore[arg-type]
+        normalized = env.normalize_obs(arrays)
         return map_observations(
-            lambda obs: th.as_tensor(obs, dtype=th.float32 if obs.dtype == np.float64 else None, device=self.device), normalized
+            lambda obs: th.as_tensor(obs, dtype=th.float32 if obs.dtype == np.float64 else None, device=self.device),
+            normalized,
         )
 
 
@@ -110,7 +112,7 @@ def concatenate_samples(
     :param second: samples
     :return: samples
     """
-    values = []
+    values: list[Any] = []
     for a, b in zip(first, second, strict=True):
         values.append(None if a is None else map_observations(lambda *parts: th.cat(parts), a, b))
     return type(first)(*values)

@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
 Observations = np.ndarray | dict[str, np.ndarray]
@@ -381,13 +381,11 @@ def from_replay_buffer(buffer: ReplayBuffer) -> Transitions:
     dones, timeouts = flatten(buffer.dones), flatten(buffer.timeouts)
     ends = dones > 0
     ends[size - 1 :: size] = True
-    is_dict = isinstance(buffer, DictReplayBuffer)
-    obs, next_obs = buffer.observations, buffer.next_observations
     return Transitions.from_arrays(
-        {key: flatten(array) for key, array in obs.items()} if is_dict else flatten(obs),  # type: ignore[union-attr]
+        _map(flatten, buffer.observations),
         actions,
         flatten(buffer.rewards),
-        {key: flatten(array) for key, array in next_obs.items()} if is_dict else flatten(next_obs),  # type: ignore[union-attr]
+        _map(flatten, buffer.next_observations),
         dones=dones * (1 - timeouts),
         episode_ends=ends,
     )

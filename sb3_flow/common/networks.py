@@ -228,14 +228,18 @@ class ImpalaCNN(BaseFeaturesExtractor):
     """
 
     def __init__(self, observation_space: spaces.Box, features_dim: int = 512, normalized_image: bool = False):
-        assert is_image_space(observation_space, check_channels=False, normalized_image=normalized_image), (
-            f"You should use ImpalaCNN only with images, not with {observation_space}"
-        )
+        assert is_image_space(
+            observation_space, check_channels=False, normalized_image=normalized_image
+        ), f"You should use ImpalaCNN only with images, not with {observation_space}"
         super().__init__(observation_space, features_dim)
         channels, height, width = observation_space.shape
         stages: list[nn.Module] = []
         for n_filters in (16, 32, 32):
-            stages += [nn.Conv2d(channels, n_filters, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1), _Residual(n_filters)]
+            stages += [
+                nn.Conv2d(channels, n_filters, 3, padding=1),
+                nn.MaxPool2d(3, stride=2, padding=1),
+                _Residual(n_filters),
+            ]
             channels, height, width = n_filters, (height + 1) // 2, (width + 1) // 2
         self.cnn = nn.Sequential(*stages, nn.ReLU(), nn.Flatten())
         self.linear = nn.Sequential(nn.Linear(channels * height * width, features_dim), TanhGELU())

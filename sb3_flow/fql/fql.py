@@ -1,21 +1,17 @@
-from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import CallbackList, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import (
     DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    PyTorchObs,
     ReplayBufferSamples,
     Schedule,
 )
@@ -437,7 +433,11 @@ class FQL(OffPolicyAlgorithm):
         if offline_steps > 0:
             reset = reset_num_timesteps and self._n_offline_updates == 0
             self.learn_offline(
-                offline_steps, callback, tb_log_name=f"{tb_log_name}_offline", reset_num_timesteps=reset, progress_bar=progress_bar
+                offline_steps,
+                callback,
+                tb_log_name=f"{tb_log_name}_offline",
+                reset_num_timesteps=reset,
+                progress_bar=progress_bar,
             )
             reset_num_timesteps = False
         elif self.offline_buffer is None and self.dataset is not None:
