@@ -288,7 +288,7 @@ class FQL(OffPolicyAlgorithm):
         discounts = self.gamma if batch.discounts is None else batch.discounts.flatten()
         with th.no_grad():
             # Select action according to the one-step policy. It has no target network
-            next_actions = self.actor(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
+            next_actions = self.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
             next_q_values = self.critic_target(batch.next_observations, next_actions)
             next_q_values = next_q_values.mean(dim=0) if self.q_agg == "mean" else next_q_values.min(dim=0).values
             target_q_values = batch.rewards.flatten() + (1 - batch.dones.flatten()) * discounts * next_q_values
@@ -312,7 +312,7 @@ class FQL(OffPolicyAlgorithm):
         """
         noise = th.randn_like(batch.actions)
         # The flow's action is clipped, the policy's is not: it is pulled back inside
-        actions = self.actor(batch.observations, noise)
+        actions = self.actor.unclipped_actions(batch.observations, noise)
         distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
 
         # The critics are held fixed

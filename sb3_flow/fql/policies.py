@@ -48,11 +48,29 @@ class OneStepActor(BasePolicy):
             normalize_images=normalize_images,
             squash_output=True,
         )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
         self.action_dim = get_action_dim(action_space)
         self.mu = nn.Sequential(*create_mlp(features_dim + self.action_dim, self.action_dim, net_arch, activation_fn))
         self.mu.apply(xavier_uniform_init)
 
-    def forward(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                features_dim=self.features_dim,
+                activation_fn=self.activation_fn,
+                features_extractor=self.features_extractor,
+            )
+        )
+        return data
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic)
+
+    def unclipped_actions(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
         """
         :param obs: Observation
         :param noise: (batch, action_dim)
@@ -63,7 +81,7 @@ class OneStepActor(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         noise = _draw_noise(observation, self.action_dim, self.device, deterministic)
-        return self(observation, noise).clamp(-1, 1)
+        return self.unclipped_actions(observation, noise).clamp(-1, 1)
 
 
 class BCFlow(BasePolicy):
@@ -337,10 +355,21 @@ class FQLCnnPolicy(FQLPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         features_extractor_class: type[BaseFeaturesExtractor] = ImpalaCNN,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
         **kwargs,
     ):
+        # As SB3 does for its own CNN: images that are normalized already need not be bytes
+        if not normalize_images and issubclass(features_extractor_class, ImpalaCNN):
+            features_extractor_kwargs = dict(features_extractor_kwargs or {}, normalized_image=True)
         super().__init__(
-            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            normalize_images=normalize_images,
+            **kwargs,
         )
 
 
