@@ -240,11 +240,12 @@ class FQL(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             batch = self._sample(batch_size)
 
-            # Critic: TD learning with the actions of the one-step policy, eq. 1
+            # The three losses of Alg. 1
+            # Critic: TD learning with the actions of the one-step policy
             critic_loss, q_values = self._critic_loss(batch)
-            # Flow: behavioral cloning, eq. 5
+            # Flow: behavioral cloning
             bc_flow_loss = self._bc_flow_loss(batch)
-            # One-step policy: value maximisation and distillation of the flow, eq. 8
+            # One-step policy: value maximisation and distillation of the flow
             distill_loss, q_loss = self._actor_losses(batch)
             loss = critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss
 
