@@ -27,8 +27,8 @@ class Transitions:
     """
     Transitions of one or more episodes, in the order in which they were collected.
 
-    :param observations: (n, *shape of the observation), or a dictionary of them
-    :param actions: (n, *shape of the action), in env units
+    :param observations: (n, ...), or a dictionary of such arrays
+    :param actions: (n, ...), in env units
     :param rewards: (n,)
     :param next_observations: like the observations
     :param dones: (n,), 1 where the episode terminated, so that there is nothing to bootstrap from,
