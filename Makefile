@@ -20,7 +20,7 @@ $(BIN)/sb3-flow: setup.py
 	$(PYTHON) -m venv $(VENV)
 	# First, and pinned: an open range would pull gigabytes of CUDA libraries
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable ".[mujoco,dmc,zoo,solvers,plots,docs,tests]"
+	$(BIN)/pip install --quiet --editable ".[all]"
 	touch $@
 
 install: $(BIN)/sb3-flow

@@ -19,7 +19,7 @@ pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 from rl_zoo3 import ALGOS
 
 import sb3_flow.zoo
-from sb3_flow import FPO
+from sb3_flow import FPO, FQL
 from sb3_flow.zoo import cli
 from sb3_flow.zoo.experiment import last_checkpoint
 
@@ -53,16 +53,15 @@ def test_hyperparameters_are_valid(algo):
 
     blocks = yaml.safe_load(Path(sb3_flow.zoo.default_conf_file(algo)).read_text())
     assert "default" in blocks
+    # Those of the zoo, and those that need a dataset
+    others = {"n_envs", "n_timesteps", "normalize", "policy", "env_wrapper", "dataset", "offline_steps"}
     for hyperparams in blocks.values():
-        kwargs = {
-            key: value
-            for key, value in hyperparams.items()
-            if key not in {"n_envs", "n_timesteps", "normalize", "policy", "env_wrapper"}
-        }
+        kwargs = {key: value for key, value in hyperparams.items() if key not in others}
         kwargs = ExperimentManager._preprocess_schedules(kwargs)
         kwargs["policy_kwargs"] = eval(kwargs.get("policy_kwargs", "{}"))
         model = sb3_flow.zoo.FLOW_ALGOS[algo](hyperparams["policy"], "Pendulum-v1", **kwargs)
-        assert model.n_steps * hyperparams.get("n_envs", 1) % model.batch_size == 0
+        if isinstance(model, FPO):
+            assert model.n_steps * hyperparams.get("n_envs", 1) % model.batch_size == 0
 
 
 def test_train_evaluate_enjoy(monkeypatch, capsys):
@@ -84,6 +83,53 @@ def test_train_evaluate_enjoy(monkeypatch, capsys):
 
     sb3_flow_main(monkeypatch, "enjoy", "--algo", "fpo", "--env", "Pendulum-v1", "--no-render", "-n", 400)
     assert "2 Episodes" in capsys.readouterr().out
+
+
+def test_fql_offline_then_online(monkeypatch, capsys):
+    n = 200
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(n, 3)).astype(np.float32)
+    np.savez(
+        "data.npz", observations=observations, next_observations=observations, rewards=np.zeros(n), dones=np.zeros(n),
+        actions=rng.uniform(-2, 2, size=(n, 1)),
+    )  # fmt: skip
+    train = ["train", "--algo", "fql", "--env", "Pendulum-v1", "--eval-freq", 40, "--eval-episodes", 1, "--save-freq", 50]
+    params = ["-params", "dataset:'data.npz'", "offline_steps:100", "policy_kwargs:dict(net_arch=[16])", "batch_size:32"]
+    sb3_flow_main(monkeypatch, *train, "-n", 60, *params)
+    run = Path("logs/fql/Pendulum-v1_1")
+    model = FQL.load(run / "Pendulum-v1.zip", buffer_size=1)
+    assert model.num_timesteps == 160 and model._n_updates == 160
+    # One axis for both phases
+    assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [40, 80, 120, 160]
+    assert checkpoint_steps(run) == [50, 100, 150]
+
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fql", "--env", "Pendulum-v1", "-n", 1)
+    buffer_sizes = []
+    load = FQL.load.__func__
+    monkeypatch.setattr(
+        FQL,
+        "load",
+        classmethod(lambda cls, *args, **kwargs: buffer_sizes.append(kwargs["buffer_size"]) or load(cls, *args, **kwargs)),
+    )
+    sb3_flow_main(monkeypatch, "enjoy", "--algo", "fql", "--env", "Pendulum-v1", "--no-render", "-n", 200)
+    assert "1 Episodes" in capsys.readouterr().out and buffer_sizes == [1]
+    assert ALGOS["fql"] is FQL
+
+
+def test_datasets_info(monkeypatch, capsys):
+    arrays = dict(observations=np.zeros((6, 3)), actions=np.ones((6, 1)), rewards=np.arange(6), dones=np.array([0, 0, 1] * 2))
+    np.savez("data.npz", **arrays, next_observations=np.zeros((6, 3)))
+    sb3_flow_main(monkeypatch, "datasets", "info", "data.npz")
+    out = capsys.readouterr().out
+    assert "transitions:   6" in out and "episodes:      2, 2 terminal" in out and "7.50 ± 4.50, from 3.00 to 12.00" in out
+    np.savez("bad.npz", **arrays | dict(rewards=np.full(6, np.nan)), next_observations=np.zeros((6, 3)))
+    for spec, message in [
+        ("nothing.npz", "no dataset file"),
+        ("bad.npz", "rewards, row 0: NaN"),
+        ("foo:bar", "Unknown dataset"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            sb3_flow_main(monkeypatch, "datasets", "info", spec)
 
 
 def test_other_algorithms_still_train(monkeypatch):

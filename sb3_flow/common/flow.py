@@ -171,7 +171,7 @@ def cfm_loss(
     reduction: str = "mean",
 ) -> th.Tensor:
     """
-    Conditional flow matching loss of every (action, noise, timestep), eq. 9 and 17 of the FPO paper.
+    Conditional flow matching loss of every (action, noise, timestep).
 
     :param output: output of the network at ``interpolate(actions, noise, timesteps)``, (..., action_dim)
     :param actions: (..., action_dim), must broadcast with ``noise``

@@ -1,9 +1,12 @@
-"""Networks: the timestep embedding and the network that a flow is made of."""
+"""Networks: the timestep embedding, the network that a flow is made of, ensembles of critics, the image encoder."""
 
+import itertools
 import math
 
 import torch as th
-from stable_baselines3.common.torch_layers import create_mlp
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import nn
 
 from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
@@ -145,3 +148,111 @@ def lecun_uniform_init(module: nn.Module) -> None:
         nn.init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class TanhGELU(nn.GELU):
+    """GELU with the tanh approximation, the activation function of FQL's networks (and the default of JAX)."""
+
+    def __init__(self):
+        super().__init__(approximate="tanh")
+
+
+class EnsembleMLP(nn.Module):
+    """
+    Several MLPs of the same shape, with one output each, evaluated together: one batched matrix product for each layer.
+
+    :param n_members: Number of MLPs
+    :param input_dim: Number of inputs
+    :param net_arch: Number of units of the hidden layers
+    :param activation_fn: Activation function
+    :param layer_norm: Whether to normalize the layers, **after** their activation (FQL)
+    """
+
+    def __init__(
+        self,
+        n_members: int,
+        input_dim: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = TanhGELU,
+        layer_norm: bool = True,
+    ):
+        super().__init__()
+        sizes = [input_dim, *net_arch, 1]
+        self.activation = activation_fn()
+        self.layer_norm = layer_norm
+        self.weights = nn.ParameterList(th.empty(n_members, n_in, n_out) for n_in, n_out in itertools.pairwise(sizes))
+        self.biases = nn.ParameterList(th.zeros(n_members, 1, n_out) for n_out in sizes[1:])
+        self.norm_weights = nn.ParameterList(th.ones(n_members, 1, size) for size in net_arch if layer_norm)
+        self.norm_biases = nn.ParameterList(th.zeros(n_members, 1, size) for size in net_arch if layer_norm)
+        for weight in self.weights:
+            for member in weight:
+                nn.init.xavier_uniform_(member)
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: (batch, input_dim), the same for all members
+        :return: (n_members, batch)
+        """
+        x = inputs.expand(len(self.weights[0]), -1, -1)
+        last = len(self.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = th.baddbmm(bias, x, weight)
+            if layer < last:
+                x = self.activation(x)
+                if self.layer_norm:
+                    x = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+                    x = th.addcmul(self.norm_biases[layer], x, self.norm_weights[layer])
+        return x.squeeze(-1)
+
+
+def xavier_uniform_init(module: nn.Module) -> None:
+    """
+    Xavier-uniform weights and zero biases (authors' code of FQL), to be used with ``module.apply``.
+
+    :param module: Module whose parameters are set, if it is linear or a convolution
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ImpalaCNN(BaseFeaturesExtractor):
+    """
+    The small encoder of IMPALA (https://arxiv.org/abs/1802.01561), with one residual block for each of its three
+    stages, as used by FQL for images.
+
+    :param observation_space: Image space, channels first
+    :param features_dim: Number of features extracted
+    :param normalized_image: Whether to assume that the image is already normalized, see SB3's ``NatureCNN``
+    """
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 512, normalized_image: bool = False):
+        assert is_image_space(
+            observation_space, check_channels=False, normalized_image=normalized_image
+        ), f"You should use ImpalaCNN only with images, not with {observation_space}"
+        super().__init__(observation_space, features_dim)
+        channels, height, width = observation_space.shape
+        stages: list[nn.Module] = []
+        for n_filters in (16, 32, 32):
+            stages += [
+                nn.Conv2d(channels, n_filters, 3, padding=1),
+                nn.MaxPool2d(3, stride=2, padding=1),
+                _Residual(n_filters),
+            ]
+            channels, height, width = n_filters, (height + 1) // 2, (width + 1) // 2
+        self.cnn = nn.Sequential(*stages, nn.ReLU(), nn.Flatten())
+        self.linear = nn.Sequential(nn.Linear(channels * height * width, features_dim), TanhGELU())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.linear(self.cnn(observations))
+
+
+class _Residual(nn.Module):
+    def __init__(self, n_filters: int):
+        super().__init__()
+        convolutions = [nn.Conv2d(n_filters, n_filters, 3, padding=1) for _ in range(2)]
+        self.block = nn.Sequential(nn.ReLU(), convolutions[0], nn.ReLU(), convolutions[1])
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x + self.block(x)

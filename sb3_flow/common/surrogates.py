@@ -1,7 +1,8 @@
 """
 Surrogate objectives: the ratio that stands in for the likelihood ratio, and the trust regions around it.
 
-FPO (https://arxiv.org/abs/2507.21053), Alg. 1: a ratio of exponentials of CFM losses, in PPO's clipped objective.
+FPO (https://arxiv.org/abs/2507.21053), Alg. 1 and eq. 13-20: a ratio of exponentials of CFM losses, in PPO's clipped
+objective.
 FPO++ (https://arxiv.org/abs/2602.02481): one ratio for each Monte-Carlo pair, and the ASPO trust region.
 """
 
@@ -30,7 +31,7 @@ def flow_ratio(
 
     :param old_loss: CFM loss of each Monte-Carlo pair under the policy that collected the rollout, (batch, n_mc_samples)
     :param loss: CFM loss of the same pairs under the current policy, (batch, n_mc_samples)
-    :param ratio_type: "averaged" takes the mean over the pairs before the exponential (FPO, eq. 15),
+    :param ratio_type: "averaged" takes the mean over the pairs before the exponential (FPO),
         "per_sample" gives one ratio for each pair (FPO++)
     :param cfm_loss_clip: Upper bound on the losses, before their difference
     :param log_ratio_clip: Bound on the absolute log-ratio. The gradient passes through, so that a ratio

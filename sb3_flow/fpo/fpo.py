@@ -321,9 +321,9 @@ class FPO(OnPolicyAlgorithm):
                 elif self.normalize_advantage and len(advantages) > 1:
                     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-                # eq. 15: ratio between old and new policy, one at the first iteration
+                # Ratio between old and new policy, one at the first iteration
                 ratio = flow_ratio(old_losses[indices], losses, self.ratio_type, self.cfm_loss_clip, self.log_ratio_clip)
-                # eq. 13: surrogate objective
+                # Surrogate objective
                 policy_loss = -surrogate_objective(ratio, advantages.unsqueeze(1), clip_range, self.trust_region).mean()
 
                 if self.clip_range_vf is None:

@@ -7,11 +7,12 @@ A script of its own can do ``import sb3_flow.zoo; sb3_flow.zoo.register()`` and 
 from pathlib import Path
 
 import gymnasium
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_flow
 
 #: The algorithms that :func:`register` adds to rl-zoo3, by the name that ``--algo`` takes.
-FLOW_ALGOS = {"fpo": sb3_flow.FPO}
+FLOW_ALGOS: dict[str, type[BaseAlgorithm]] = {"fpo": sb3_flow.FPO, "fql": sb3_flow.FQL}
 
 
 def register() -> None:

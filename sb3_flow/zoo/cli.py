@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_flow.zoo import FLOW_ALGOS, default_conf_file, register, register_envs
 
@@ -64,11 +66,19 @@ def train() -> None:
 def enjoy() -> None:
     """rl-zoo3's enjoy, looking into logs/ (where train writes) unless told otherwise."""
     from rl_zoo3.enjoy import enjoy as rl_zoo3_enjoy
+    from rl_zoo3.utils import ALGOS
 
     args = _base_parser(add_help=False).parse_known_args()[0]
     _check_env(args.env, args.gym_packages)
     _add_defaults("--folder", "logs")
-    rl_zoo3_enjoy()
+    if args.algo in FLOW_ALGOS and issubclass(FLOW_ALGOS[args.algo], OffPolicyAlgorithm):
+        # rl-zoo3 only knows its own off-policy algorithms: ours would allocate a replay buffer too
+        loader = SimpleNamespace(load=partial(FLOW_ALGOS[args.algo].load, buffer_size=1))
+        ALGOS[args.algo] = loader  # type: ignore[assignment]
+    try:
+        rl_zoo3_enjoy()
+    finally:
+        register()
 
 
 def evaluate() -> None:
@@ -96,6 +106,41 @@ def evaluate() -> None:
     print(f"Learning curve: {figure}")
 
 
+def datasets() -> None:
+    """Print what is in an offline dataset: sb3-flow datasets info SPEC."""
+    from sb3_flow.common.datasets import check_transitions, load_dataset
+
+    parser = argparse.ArgumentParser(prog="sb3-flow datasets", description=datasets.__doc__)
+    parser.add_argument("action", choices=["info"])
+    parser.add_argument(
+        "spec", help="ogbench:NAME[@PATH], minari:NAMESPACE/NAME-vK, or an .hdf5, .npz or .pkl file", nargs="+"
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="Load a pickle, which can run any code")
+    args = parser.parse_args()
+    try:
+        transitions = load_dataset(args.spec, allow_pickle=args.allow_pickle)
+        check_transitions(transitions)
+    except ValueError as error:
+        sys.exit(f"sb3-flow: error: {error}")
+    returns = transitions.episode_returns
+    lines = [
+        ("transitions", f"{len(transitions):,}"),
+        ("episodes", f"{len(returns):,}, {int(transitions.dones.sum()):,} terminal transitions"),
+        ("return", f"{returns.mean():.2f} ± {returns.std():.2f}, from {returns.min():.2f} to {returns.max():.2f}"),
+        ("reward", f"from {transitions.rewards.min():.4g} to {transitions.rewards.max():.4g}"),
+        (
+            "actions",
+            f"{transitions.actions.shape[1:]}, from {transitions.actions.min():.4g} to {transitions.actions.max():.4g}",
+        ),
+    ]
+    for name, array in transitions.items():
+        if name.startswith("observations"):
+            lines.append((name, f"{array.shape[1:]} {array.dtype}, from {array.min():.4g} to {array.max():.4g}"))
+    lines.append(("memory", f"{transitions.nbytes / 2**20:.1f} MiB"))
+    for name, value in lines:
+        print(f"{name + ':':14} {value}")
+
+
 def _check_env(env_id: str, gym_packages: Sequence[str] = ()) -> None:
     """Stop with gymnasium's own message, which suggests close names, if there is no such environment."""
     for package in gym_packages:
@@ -107,7 +152,7 @@ def _check_env(env_id: str, gym_packages: Sequence[str] = ()) -> None:
         sys.exit(f"sb3-flow: error: argument --env: {error}")
 
 
-COMMANDS: dict[str, Callable[[], None]] = {"train": train, "enjoy": enjoy, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[[], None]] = {"train": train, "enjoy": enjoy, "evaluate": evaluate, "datasets": datasets}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 
 
@@ -54,7 +55,9 @@ def evaluate(
     )
     # Nothing is learned here: schedules are not needed
     custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
-    model = ALGOS[algo].load(model_path, custom_objects=custom_objects, device=device)
+    # Nor is a replay buffer
+    kwargs: dict[str, Any] = dict(buffer_size=1) if issubclass(ALGOS[algo], OffPolicyAlgorithm) else {}
+    model = ALGOS[algo].load(model_path, custom_objects=custom_objects, device=device, **kwargs)
     returns, lengths = evaluate_policy(
         model, vec_env, n_eval_episodes, deterministic=not stochastic, return_episode_rewards=True
     )

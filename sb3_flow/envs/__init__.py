@@ -1,0 +1,5 @@
+"""Environments. Importing this package registers them with gymnasium, without importing what they are made of."""
+
+from sb3_flow.envs.ogbench import register_ogbench
+
+register_ogbench()

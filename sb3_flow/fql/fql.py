@@ -1,0 +1,495 @@
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import CallbackList, ProgressBarCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import (
+    DictReplayBufferSamples,
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    Schedule,
+)
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from torch.nn import functional as F
+
+from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, map_observations
+from sb3_flow.common.datasets import Dataset, check_transitions, load_dataset
+from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
+from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
+
+SelfFQL = TypeVar("SelfFQL", bound="FQL")
+
+#: How the critics are put together.
+Q_AGGREGATIONS = ("mean", "min")
+# The authors keep the actions of the dataset just inside of the bounds
+ACTION_MARGIN = 1e-5
+
+
+class FQL(OffPolicyAlgorithm):
+    """
+    Flow Q-Learning (FQL)
+
+    A flow clones the behaviour of a dataset; a one-step policy is distilled from it and maximises the value.
+    Offline (:meth:`learn_offline`), offline and then online (``offline_steps``, or :meth:`learn` after
+    :meth:`learn_offline`), or online from nothing (:meth:`learn` without a dataset).
+
+    Paper: https://arxiv.org/abs/2502.02538
+    Reference implementation: https://github.com/seohongpark/fql
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param dataset: What to learn offline from, see :func:`sb3_flow.common.datasets.load_dataset`. It stays beside the
+        replay buffer when the training goes on online.
+    :param dataset_kwargs: Keyword arguments to pass to ``load_dataset``
+    :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
+    :param alpha: Weight of the distillation (behavioral cloning) in the loss of the one-step policy
+    :param q_agg: How the critics are put together for the target: "mean" or "min"
+    :param normalize_q_loss: Whether to divide the Q term by the mean absolute Q-value, so that ``alpha`` depends less
+        on the task
+    :param balanced_sampling: Whether to draw half of each batch from the dataset and half from the replay buffer,
+        instead of uniformly from both together
+    :param learning_rate: learning rate for adam optimizer,
+        the same learning rate will be used for all networks (Q-Values, Actor and flow)
+        it can be a function of the current progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer (of what is collected online)
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts
+        (when there is no dataset)
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
+        Set to ``-1`` means to do as many gradient steps as steps done in the environment
+        during the rollout.
+    :param action_noise: the action noise type (None by default): the policy is stochastic already
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
+        If ``None``, it will be automatically selected.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer
+        at a cost of more complexity.
+    :param n_steps: When n_step > 1, uses n-step return when updating the Q-networks.
+    :param random_crop: Padding of the random crops that images are augmented with, in pixels
+        (the authors use 3), no augmentation if 0
+    :param random_crop_probability: Share of the batches that are augmented
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`FQLPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range, or the dataset does not fit the environment
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: FQLPolicy
+    actor: OneStepActor
+    bc_flow: BCFlow
+    critic: EnsembleCritic
+    critic_target: EnsembleCritic
+
+    def __init__(
+        self,
+        policy: str | type[FQLPolicy],
+        env: GymEnv | str,
+        dataset: Dataset | list[Dataset] | None = None,
+        dataset_kwargs: dict[str, Any] | None = None,
+        offline_steps: int = 0,
+        alpha: float = 10.0,
+        q_agg: str = "mean",
+        normalize_q_loss: bool = False,
+        balanced_sampling: bool = False,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        random_crop: int = 0,
+        random_crop_probability: float = 0.5,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        check_choice("q_agg", q_agg, Q_AGGREGATIONS)
+        for name, value in [("alpha", alpha), ("offline_steps", offline_steps), ("random_crop", random_crop)]:
+            if value < 0:
+                raise ValueError(f"`{name}` must not be negative, it is {value}")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, it is {batch_size}")
+        if offline_steps > 0 and dataset is None:
+            raise ValueError("`offline_steps` needs a `dataset`")
+
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+
+        self.alpha = alpha
+        self.q_agg = q_agg
+        self.normalize_q_loss = normalize_q_loss
+        self.balanced_sampling = balanced_sampling
+        self.offline_steps = offline_steps
+        self.random_crop = random_crop
+        self.random_crop_probability = random_crop_probability
+        self.dataset_kwargs = dataset_kwargs or {}
+        #: Name of the dataset, to load it again. None if it was given as arrays.
+        self.dataset: Any = None
+        self.offline_buffer: OfflineBuffer | None = None
+        self._n_offline_updates = 0
+
+        if _init_setup_model:
+            self._setup_model()
+            if dataset is not None:
+                self.set_dataset(dataset, **self.dataset_kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._create_aliases()
+        # Running mean and running var
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.bc_flow = self.policy.bc_flow
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def set_dataset(self, dataset: Dataset | list[Dataset], **kwargs) -> None:
+        """
+        Load the dataset to learn offline from, in place of the one before.
+
+        :param dataset: See :func:`sb3_flow.common.datasets.load_dataset`
+        :param kwargs: Keyword arguments to pass to it
+        :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
+        """
+        transitions = load_dataset(dataset, **kwargs)
+        check_transitions(transitions, self.observation_space, self.action_space)
+        # In [-1, 1] inside, as SB3 does. In single precision, and in place if the array is our own
+        assert isinstance(self.action_space, spaces.Box)
+        low, high = self.action_space.low.astype(np.float32), self.action_space.high.astype(np.float32)
+        actions = np.clip(2 * (transitions.actions - low) / (high - low) - 1, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN)
+        transitions = type(transitions)(**{**transitions.__dict__, "actions": actions})
+        self.offline_buffer = OfflineBuffer(transitions, self.device, self.n_steps, self.gamma)
+        # Only what can be loaded again is worth remembering
+        is_name = isinstance(dataset, str) or (isinstance(dataset, list) and all(isinstance(part, str) for part in dataset))
+        self.dataset, self.dataset_kwargs = (dataset, kwargs) if is_name else (None, {})
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """
+        Sample the dataset and the replay buffer and update all networks.
+
+        :param gradient_steps: Number of updates
+        :param batch_size: Minibatch size
+        :raises ValueError: if a loss is not finite, before it changes the weights
+        """
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        # Update optimizer learning rate
+        self._update_learning_rate(self.policy.optimizer)
+
+        critic_losses, bc_flow_losses, distill_losses, q_losses, q_means = [], [], [], [], []
+        for _ in range(gradient_steps):
+            batch = self._sample(batch_size)
+
+            # The three losses of Alg. 1
+            # Critic: TD learning with the actions of the one-step policy
+            critic_loss, q_values = self._critic_loss(batch)
+            # Flow: behavioral cloning
+            bc_flow_loss = self._bc_flow_loss(batch)
+            # One-step policy: value maximisation and distillation of the flow
+            distill_loss, q_loss = self._actor_losses(batch)
+            loss = critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss
+
+            if not th.isfinite(loss):
+                raise ValueError(
+                    f"The loss is not finite (critic: {critic_loss.item()}, flow: {bc_flow_loss.item()}, "
+                    f"distillation: {distill_loss.item()}, Q: {q_loss.item()}): training stopped before it reached the weights"
+                )
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            # The target network follows the weights from before the update, as in the authors' code
+            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+            # Copy running stats, see SB3's GH issue #996
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+            self.policy.optimizer.step()
+
+            critic_losses.append(critic_loss.detach())
+            bc_flow_losses.append(bc_flow_loss.detach())
+            distill_losses.append(distill_loss.detach())
+            q_losses.append(q_loss.detach())
+            q_means.append(q_values.detach().mean())
+
+        self._n_updates += gradient_steps
+
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, values in [
+            ("critic_loss", critic_losses),
+            ("bc_flow_loss", bc_flow_losses),
+            ("distill_loss", distill_losses),
+            ("q_loss", q_losses),
+            ("q_mean", q_means),
+        ]:
+            self.logger.record(f"train/{name}", th.stack(values).mean().item())
+
+    def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param batch: Transitions
+        :return: mean squared TD error over the critics, and their Q-values, (n_critics, batch)
+        """
+        # For n-step replay, discount factor is gamma**n_steps (when no early termination)
+        discounts = self.gamma if batch.discounts is None else batch.discounts.flatten()
+        with th.no_grad():
+            # Select action according to the one-step policy. It has no target network
+            next_actions = self.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
+            next_q_values = self.critic_target(batch.next_observations, next_actions)
+            next_q_values = next_q_values.mean(dim=0) if self.q_agg == "mean" else next_q_values.min(dim=0).values
+            target_q_values = batch.rewards.flatten() + (1 - batch.dones.flatten()) * discounts * next_q_values
+        q_values = self.critic(batch.observations, batch.actions)
+        return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
+
+    def _bc_flow_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+        """
+        :param batch: Transitions
+        :return: CFM loss of the flow, for the actions of the batch
+        """
+        noise = th.randn_like(batch.actions)
+        timesteps = th.rand(len(noise), device=self.device)
+        velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
+        return cfm_loss(velocity, batch.actions, noise, timesteps).mean()
+
+    def _actor_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param batch: Transitions
+        :return: distillation loss and Q term of the one-step policy
+        """
+        noise = th.randn_like(batch.actions)
+        # The flow's action is clipped, the policy's is not: it is pulled back inside
+        actions = self.actor.unclipped_actions(batch.observations, noise)
+        distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
+
+        # The critics are held fixed
+        self.critic.requires_grad_(False)
+        q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
+        self.critic.requires_grad_(True)
+        q_loss = -q_values.mean()
+        if self.normalize_q_loss:
+            q_loss = q_loss / q_values.detach().abs().mean()
+        return distill_loss, q_loss
+
+    def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
+        """
+        A batch from the dataset, the replay buffer, or both.
+
+        :param batch_size: Number of transitions
+        :return: transitions, with augmented images if there are any
+        """
+        n_online = self._n_online()
+        if self.offline_buffer is None:
+            n_from_replay = batch_size
+        elif n_online == 0:
+            n_from_replay = 0
+        elif self.balanced_sampling:
+            n_from_replay = batch_size // 2
+        else:
+            n_from_replay = int(np.random.binomial(batch_size, n_online / (n_online + len(self.offline_buffer))))
+
+        parts: list[Any] = []
+        if n_from_replay < batch_size:
+            assert self.offline_buffer is not None
+            parts.append(self.offline_buffer.sample(batch_size - n_from_replay, env=self._vec_normalize_env))
+        if n_from_replay > 0:
+            assert self.replay_buffer is not None
+            parts.append(self.replay_buffer.sample(n_from_replay, env=self._vec_normalize_env))
+        batch = parts[0] if len(parts) == 1 else concatenate_samples(*parts)
+        if self.random_crop > 0 and th.rand(()) < self.random_crop_probability:
+            batch = self._augment(batch)
+        return batch
+
+    def _n_online(self) -> int:
+        """Number of transitions in the replay buffer."""
+        return 0 if self.replay_buffer is None else self.replay_buffer.size() * self.replay_buffer.n_envs
+
+    def _augment(self, batch: ReplayBufferSamples | DictReplayBufferSamples):
+        """Crop the images of each transition at random, its observation and its next observation alike."""
+        shift = th.randint(2 * self.random_crop + 1, (2, len(batch.actions)), device=self.device)
+        crops = [map_observations(lambda obs: random_crop(obs, self.random_crop, shift), obs) for obs in batch[::2][:2]]
+        return batch._replace(observations=crops[0], next_observations=crops[1])
+
+    def learn_offline(
+        self: SelfFQL,
+        gradient_steps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1000,
+        tb_log_name: str = "FQL_offline",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfFQL:
+        """
+        Learn from the dataset, without a step in the environment. Here ``num_timesteps``, which callbacks and logs
+        have on their x axis, counts gradient steps.
+
+        :param gradient_steps: The total number of gradient steps
+        :param callback: callback(s) called at every step
+        :param log_interval: The number of gradient steps before logging
+        :param tb_log_name: the name of the run for TensorBoard logging
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        :raises ValueError: if there is no dataset
+        """
+        if self.offline_buffer is None:
+            if self.dataset is None:
+                raise ValueError("There is no dataset: pass `dataset` to the constructor, or call `set_dataset()`")
+            self.set_dataset(self.dataset, **self.dataset_kwargs)
+        if progress_bar:
+            callbacks = callback if isinstance(callback, list) else [callback] if callback is not None else []
+            callback = CallbackList([*(self._init_callback(part) for part in callbacks), _GradientStepProgressBar()])
+        total_timesteps, callback = self._setup_learn(gradient_steps, callback, reset_num_timesteps, tb_log_name)
+        callback.on_training_start(locals(), globals())
+
+        while self.num_timesteps < total_timesteps:
+            self.train(gradient_steps=1, batch_size=self.batch_size)
+            self.num_timesteps += 1
+            self._n_offline_updates += 1
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            callback.update_locals(locals())
+            if not callback.on_step():
+                break
+            if log_interval is not None and self.num_timesteps % log_interval == 0:
+                self.dump_logs()
+
+        callback.on_training_end()
+        return self
+
+    def learn(
+        self: SelfFQL,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "FQL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfFQL:
+        """
+        Learn online, after what remains of the ``offline_steps``. The number of timesteps then goes on from there.
+
+        :param total_timesteps: The total number of steps in the environment
+        :param callback: callback(s) called at every step
+        :param log_interval: The number of episodes before logging
+        :param tb_log_name: the name of the run for TensorBoard logging
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        """
+        offline_steps = self.offline_steps - self._n_offline_updates
+        if offline_steps > 0:
+            reset = reset_num_timesteps and self._n_offline_updates == 0
+            self.learn_offline(
+                offline_steps,
+                callback,
+                tb_log_name=f"{tb_log_name}_offline",
+                reset_num_timesteps=reset,
+                progress_bar=progress_bar,
+            )
+            reset_num_timesteps = False
+        elif self.offline_buffer is None and self.dataset is not None:
+            self.set_dataset(self.dataset, **self.dataset_kwargs)
+        if total_timesteps <= 0:
+            return self
+        learning_starts = self.learning_starts
+        try:
+            if self.offline_buffer is not None:
+                # The dataset is there to learn from, and the policy that it gave better than random actions
+                self.learning_starts = 0
+            return super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+        finally:
+            self.learning_starts = learning_starts
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "bc_flow", "critic", "critic_target", "offline_buffer"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+
+def random_crop(images: th.Tensor, padding: int, shift: th.Tensor) -> th.Tensor:
+    """
+    Shift images by up to ``padding`` pixels, repeating their borders. What is not an image is returned as it is.
+
+    :param images: (batch, channels, height, width)
+    :param padding: Largest shift, in pixels
+    :param shift: rows and columns to crop at, in 0..2 * padding, (2, batch)
+    :return: like the images
+    """
+    if images.dim() != 4:
+        return images
+    batch, _, height, width = images.shape
+    padded = F.pad(images.float(), [padding] * 4, mode="replicate").to(images.dtype)
+    rows = shift[0].view(batch, 1, 1) + th.arange(height, device=images.device).view(1, height, 1)
+    columns = shift[1].view(batch, 1, 1) + th.arange(width, device=images.device).view(1, 1, width)
+    index = th.arange(batch, device=images.device).view(batch, 1, 1)
+    return padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2)
+
+
+class _GradientStepProgressBar(ProgressBarCallback):
+    """SB3's progress bar, for steps that do not depend on the number of environments."""
+
+    def _on_step(self) -> bool:
+        self.pbar.update(1)
+        return True

@@ -1,0 +1,397 @@
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    create_mlp,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, TanhGELU, xavier_uniform_init
+from sb3_flow.common.samplers import SAMPLERS
+
+
+class OneStepActor(BasePolicy):
+    """
+    The policy of FQL: an action from an observation and a noise, in one step.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Number of units of the hidden layers
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = TanhGELU,
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.action_dim = get_action_dim(action_space)
+        self.mu = nn.Sequential(*create_mlp(features_dim + self.action_dim, self.action_dim, net_arch, activation_fn))
+        self.mu.apply(xavier_uniform_init)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                features_dim=self.features_dim,
+                activation_fn=self.activation_fn,
+                features_extractor=self.features_extractor,
+            )
+        )
+        return data
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic)
+
+    def unclipped_actions(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        :param obs: Observation
+        :param noise: (batch, action_dim)
+        :return: action in [-1, 1], but for the bounds, which are not enforced here, (batch, action_dim)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return self.mu(th.cat([features, noise], dim=1))
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        noise = _draw_noise(observation, self.action_dim, self.device, deterministic)
+        return self.unclipped_actions(observation, noise).clamp(-1, 1)
+
+
+class BCFlow(BasePolicy):
+    """
+    The flow that clones the behaviour of the dataset, integrated with Euler's method.
+    It is a policy by itself: ``model.policy.bc_flow.predict(obs)``.
+
+    In this package t = 1 is noise and t = 0 the action; the authors' time runs the other way.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Number of units of the hidden layers
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param n_flow_steps: Number of Euler steps
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = TanhGELU,
+        n_flow_steps: int = 10,
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.action_dim = get_action_dim(action_space)
+        self.n_flow_steps = n_flow_steps
+        # The time itself is the input, without an embedding
+        self.network = FlowNetwork(features_dim, self.action_dim, net_arch, activation_fn, timestep_embedding_dim=0)
+        self.network.apply(xavier_uniform_init)
+
+    def forward(self, obs: PyTorchObs, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        Velocity at points of the paths between noise and action.
+
+        :param obs: Observation
+        :param x: (batch, action_dim)
+        :param timesteps: (batch,)
+        :return: (batch, action_dim)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return self.network(features, x.unsqueeze(1), timesteps.unsqueeze(1)).squeeze(1)
+
+    @th.no_grad()
+    def sample(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        Integrate from noise to an action. No gradient flows through it.
+
+        :param obs: Observation
+        :param noise: (batch, action_dim)
+        :return: action in [-1, 1], (batch, action_dim)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        field = self.network.velocity_field(features, "velocity", self.n_flow_steps)
+        # Clipped at the end only
+        return SAMPLERS["euler"](field, noise, self.n_flow_steps, 0.0).clamp(-1, 1)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.sample(observation, _draw_noise(observation, self.action_dim, self.device, deterministic))
+
+
+def _draw_noise(obs: PyTorchObs, action_dim: int, device: th.device, deterministic: bool) -> th.Tensor:
+    batch_size = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+    return (th.zeros if deterministic else th.randn)(batch_size, action_dim, device=device)
+
+
+class EnsembleCritic(BaseModel):
+    """
+    Q-value networks, evaluated together.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Number of units of the hidden layers
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    :param n_critics: Number of critic networks
+    :param layer_norm: Whether to normalize the layers
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = TanhGELU,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        layer_norm: bool = True,
+    ):
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
+        input_dim = features_dim + get_action_dim(action_space)
+        self.q_networks = EnsembleMLP(n_critics, input_dim, net_arch, activation_fn, layer_norm)
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param obs: Observation
+        :param actions: in [-1, 1], (batch, action_dim)
+        :return: (n_critics, batch)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return self.q_networks(th.cat([features, actions], dim=1))
+
+
+class FQLPolicy(BasePolicy):
+    """
+    Policy class of FQL: the one-step ``actor`` that acts, the ``bc_flow`` it is distilled from, the ``critic``
+    and its target. Each has a features extractor of its own.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the policy (one-step actor and flow) and value networks:
+        ``dict(pi=[...], qf=[...])``, or a list for both
+    :param activation_fn: Activation function
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments
+        to pass to the features extractor.
+    :param normalize_images: Whether to normalize images or not,
+         dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use,
+        ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments,
+        excluding the learning rate, to pass to the optimizer
+    :param n_critics: Number of critic networks to create.
+    :param layer_norm: Whether to normalize the layers of the critics
+    :param n_flow_steps: Number of Euler steps of the flow
+    """
+
+    actor: OneStepActor
+    bc_flow: BCFlow
+    critic: EnsembleCritic
+    critic_target: EnsembleCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = TanhGELU,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        layer_norm: bool = True,
+        n_flow_steps: int = 10,
+    ):
+        if n_flow_steps < 1:
+            raise ValueError(f"`n_flow_steps` must be at least 1, it is {n_flow_steps}")
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        self.net_arch = [512, 512, 512, 512] if net_arch is None else net_arch
+        self.activation_fn = activation_fn
+        self.n_critics = n_critics
+        self.layer_norm = layer_norm
+        self.n_flow_steps = n_flow_steps
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Create the networks and the optimizer.
+
+        :param lr_schedule: Learning rate schedule
+            lr_schedule(1) is the initial learning rate
+        """
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
+        net_args = dict(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            activation_fn=self.activation_fn,
+            normalize_images=self.normalize_images,
+        )
+        actor_args = dict(net_args, net_arch=actor_arch)
+        critic_args = dict(net_args, net_arch=critic_arch, n_critics=self.n_critics, layer_norm=self.layer_norm)
+        self.actor = OneStepActor(**self._update_features_extractor(actor_args))
+        self.bc_flow = BCFlow(**self._update_features_extractor(dict(actor_args, n_flow_steps=self.n_flow_steps)))
+        self.critic = EnsembleCritic(**self._update_features_extractor(critic_args))
+        self.critic_target = EnsembleCritic(**self._update_features_extractor(critic_args))
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        # Target networks should always be in eval mode
+        self.critic_target.set_training_mode(False)
+        self.critic_target.requires_grad_(False)
+
+        # The networks share no parameter: one optimizer on the sum of the losses is one for each of them
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+                net_arch=self.net_arch,
+                activation_fn=self.activation_fn,
+                features_extractor_class=self.features_extractor_class,
+                features_extractor_kwargs=self.features_extractor_kwargs,
+                optimizer_class=self.optimizer_class,
+                optimizer_kwargs=self.optimizer_kwargs,
+                n_critics=self.n_critics,
+                layer_norm=self.layer_norm,
+                n_flow_steps=self.n_flow_steps,
+            )
+        )
+        return data
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(observation, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Get the action of the one-step policy.
+
+        :param observation:
+        :param deterministic: Whether to act from zero noise, or from a random one as the authors do
+        :return: Action in [-1, 1]
+        """
+        return self.actor._predict(observation, deterministic)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode.
+
+        This affects certain modules, such as batch normalisation and dropout.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        for network in (self.actor, self.bc_flow, self.critic):
+            network.set_training_mode(mode)
+        self.training = mode
+
+
+class FQLCnnPolicy(FQLPolicy):
+    """
+    Policy class of FQL for image observations: :class:`FQLPolicy` (where the parameters are described)
+    with a small IMPALA encoder as the default features extractor.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = ImpalaCNN,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        **kwargs,
+    ):
+        # As SB3 does for its own CNN: images that are normalized already need not be bytes
+        if not normalize_images and issubclass(features_extractor_class, ImpalaCNN):
+            features_extractor_kwargs = dict(features_extractor_kwargs or {}, normalized_image=True)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            normalize_images=normalize_images,
+            **kwargs,
+        )
+
+
+class FQLMultiInputPolicy(FQLPolicy):
+    """
+    Policy class of FQL for ``Dict`` observations: :class:`FQLPolicy` (where the parameters are described)
+    with a ``CombinedExtractor`` as the default features extractor.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+MlpPolicy = FQLPolicy
+CnnPolicy = FQLCnnPolicy
+MultiInputPolicy = FQLMultiInputPolicy
