@@ -102,7 +102,7 @@ def run(setting: str, env_id: str, steps: int, seed: int, logs: Path) -> None:
         seed=seed,
         deterministic={key: evaluations[0][key] for key in ("mean_return", "std_return", "n_eval_episodes")},
         stochastic={key: evaluations[1][key] for key in ("mean_return", "std_return", "n_eval_episodes")},
-        # The wall time counts what else ran on the machine at the same time
+        # Not a measure of speed: other runs may have shared the machine
         train_seconds=float(monitor["t"].max()),
         training_curve=[[int(bin_ * BIN + BIN // 2), float(returns[bins == bin_].mean())] for bin_ in np.unique(bins)],
         deterministic_curve=during,
@@ -120,19 +120,18 @@ def result_file(setting: str, env_id: str, steps: int, seed: int) -> Path:
 
 def print_table(env_id: str, steps: int) -> None:
     print(f"\n{env_id}, {steps} steps, return over {N_EVAL_EPISODES} episodes for each seed, and mean ± std over seeds\n")
-    print("| setting | deterministic, per seed | mean ± std | stochastic, mean ± std | training time |")
-    print("|---|---|---|---|---|")
+    print("| setting | deterministic, per seed | mean ± std | stochastic, mean ± std |")
+    print("|---|---|---|---|")
     for setting in SETTINGS:
         files = sorted(RESULTS.glob(f"{env_id.replace('/', '-')}-{steps}-{setting}-seed*.json"))
         runs = [json.loads(file.read_text()) for file in files]
         if runs:
             deterministic = np.array([run["deterministic"]["mean_return"] for run in runs])
             stochastic = np.array([run["stochastic"]["mean_return"] for run in runs])
-            seconds = np.median([run["train_seconds"] for run in runs])
             per_seed = ", ".join(f"{value:.0f}" for value in deterministic)
             print(
                 f"| {setting} | {per_seed} | {deterministic.mean():.0f} ± {deterministic.std():.0f} "
-                f"| {stochastic.mean():.0f} ± {stochastic.std():.0f} | {seconds:.0f} s |"
+                f"| {stochastic.mean():.0f} ± {stochastic.std():.0f} |"
             )
 
 

@@ -35,11 +35,11 @@ def plot_learning_curve(run_folder: Path, title: str | None = None) -> Path:
             steps, results = evaluations["timesteps"], evaluations["results"]
         axes.errorbar(
             steps, results.mean(axis=1), results.std(axis=1), color="#d95f02", marker="o", markersize=4, capsize=2,
-            label=f"evaluation (deterministic, mean ± std of {results.shape[1]})",
+            label=f"evaluation, mean ± std of {results.shape[1]} episodes",
         )  # fmt: skip
     axes.set(xlabel="timesteps", ylabel="return of an episode", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     path = run_folder / "learning_curve.png"
     figure.savefig(path)
     return path
