@@ -6,10 +6,11 @@ It leaves a JSON file in benchmarks/results/learning; runs whose file is there a
 benchmark goes on where it stopped. The table is printed from those files (`--table-only` does nothing else).
 
 Settings:
-  fpo       hyperparams/fpo.yml
-  ppo       PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate
-            and normalization; clip range 0.2, networks of 2×64 SiLU for policy and value
-  ppo-zoo   PPO with the tuned hyperparameters of rl-zoo3 (those of the v4 task where it has none for v5)
+  fpo         hyperparams/fpo.yml
+  ppo         PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate
+              and normalization; clip range 0.2, networks of 2×64 SiLU for policy and value
+  ppo-narrow  the same, with exploration as narrow as FPO's with action_scale=0.3: log_std_init=-1.2
+  ppo-zoo     PPO with the tuned hyperparameters of rl-zoo3 (those of the v4 task where it has none for v5)
 """
 
 import argparse
@@ -27,7 +28,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
-SETTINGS = ("fpo", "ppo", "ppo-zoo")
+SETTINGS = ("fpo", "ppo", "ppo-narrow", "ppo-zoo")
 N_EVAL_EPISODES = 20
 BIN = 10_000
 
@@ -42,12 +43,13 @@ def hyperparameters(setting: str, env_id: str) -> dict:
     block = blocks.get(env_id, blocks["default"])
     if setting == "fpo":
         return block
-    if setting == "ppo":
+    if setting in ("ppo", "ppo-narrow"):
         geometry = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda",
                     "learning_rate", "normalize", "env_wrapper")  # fmt: skip
         ppo = {key: block[key] for key in geometry if key in block}
         # What FPO leaves at a default that is not PPO's
-        return {"batch_size": 256, **ppo, "policy_kwargs": "dict(activation_fn=nn.SiLU)"}
+        log_std_init = ", log_std_init=-1.2" if setting == "ppo-narrow" else ""
+        return {"batch_size": 256, **ppo, "policy_kwargs": f"dict(activation_fn=nn.SiLU{log_std_init})"}
     zoo_blocks = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
     return zoo_blocks.get(env_id) or zoo_blocks[env_id.replace("-v5", "-v4")]
 
