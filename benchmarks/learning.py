@@ -7,9 +7,10 @@ benchmark goes on where it stopped. The table is printed from those files (`--ta
 
 Settings:
   fpo         hyperparams/fpo.yml
+  fpo-wide    the same, with action_scale=1: exploration as wide as that of a standard normal
   ppo         PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate
               and normalization; clip range 0.2, networks of 2×64 SiLU for policy and value
-  ppo-narrow  the same, with exploration as narrow as FPO's with action_scale=0.3: log_std_init=-1.2
+  ppo-narrow  PPO again, with exploration as narrow as FPO's with action_scale=0.3: log_std_init=-1.2
   ppo-zoo     PPO with the tuned hyperparameters of rl-zoo3 (those of the v4 task where it has none for v5)
 """
 
@@ -28,7 +29,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
-SETTINGS = ("fpo", "ppo", "ppo-narrow", "ppo-zoo")
+SETTINGS = ("fpo", "fpo-wide", "ppo", "ppo-narrow", "ppo-zoo")
 N_EVAL_EPISODES = 20
 BIN = 10_000
 
@@ -43,6 +44,8 @@ def hyperparameters(setting: str, env_id: str) -> dict:
     block = blocks.get(env_id, blocks["default"])
     if setting == "fpo":
         return block
+    if setting == "fpo-wide":
+        return {**block, "policy_kwargs": block.get("policy_kwargs", "dict()").replace(", action_scale=0.3", "")}
     if setting in ("ppo", "ppo-narrow"):
         geometry = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda",
                     "learning_rate", "normalize", "env_wrapper")  # fmt: skip
@@ -142,7 +145,7 @@ def main() -> None:
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--steps", type=int, default=300_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["fpo", "ppo", "ppo-zoo"])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--logs", type=Path, default=Path("logs/benchmark"))
     parser.add_argument("--table-only", action="store_true")
