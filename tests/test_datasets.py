@@ -2,15 +2,21 @@
 
 import os
 import pickle
+import tracemalloc
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 
+from sb3_flow import FQL
 from sb3_flow.common.buffers import OfflineBuffer
-from sb3_flow.common.datasets import Transitions, check_transitions, from_replay_buffer, load_dataset
+from sb3_flow.common.datasets import from_replay_buffer, load_dataset
+from sb3_flow.common.transitions import Transitions, check_transitions
 
 needs_data = pytest.mark.skipif(
     "SB3_FLOW_DATA" not in os.environ, reason="SB3_FLOW_DATA, a folder of OGBench files, is not set"
@@ -56,7 +62,7 @@ def test_npz(tmp_path):
     np.savez(tmp_path / "data.npz", **arrays)
     assert_same(load_dataset(tmp_path / "data.npz"), arrays)
     np.savez(tmp_path / "objects.npz", **{**arrays, "rewards": np.array([print] * 20, dtype=object)})
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match="rewards must be numbers, not object"):
         load_dataset(tmp_path / "objects.npz")
 
 
@@ -127,6 +133,15 @@ def test_ogbench(name):
     n_successes = {"cube-single-play-singletask-v0": 4152, "cube-single-play-singletask-task3-v0": 3878}[name]
     assert transitions.dones.sum() == n_successes == (transitions.rewards == 0).sum()
     assert set(np.unique(transitions.rewards)) == {-1.0, 0.0}
+    # What OGBench itself loads
+    import ogbench
+
+    path = f"{os.environ['SB3_FLOW_DATA']}/cube-single-play-v0.npz"
+    _, theirs, _ = ogbench.make_env_and_datasets(name, dataset_path=path)
+    for key in ("observations", "actions", "rewards", "next_observations"):
+        assert np.array_equal(getattr(transitions, key), theirs[key])
+    assert np.array_equal(transitions.dones, 1 - theirs["masks"])
+    assert np.array_equal(transitions.episode_ends, theirs["terminals"] > 0)
 
 
 def test_ogbench_errors(tmp_path):
@@ -204,7 +219,7 @@ def test_bad_structure_is_named(tmp_path):
         load_dataset({**arrays, "rewards": arrays["rewards"][1:]})
     with pytest.raises(ValueError, match="`next_observations` are missing"):
         load_dataset({name: arrays[name] for name in ("observations", "actions", "rewards")})
-    with pytest.raises(ValueError, match="must be made of numbers"):
+    with pytest.raises(ValueError, match="rewards must be numbers"):
         load_dataset({**arrays, "rewards": np.array(["a"] * 20)})
     with pytest.raises(ValueError, match=r"observations of shape \(3,\) do not fit"):
         check_transitions(load_dataset(arrays), spaces.Box(-1, 1, (4,)))
@@ -224,8 +239,6 @@ def test_n_step_returns():
     """By hand, up to the end of an episode, terminated or truncated."""
     arrays = make_arrays()
     buffer = OfflineBuffer(load_dataset(arrays), n_steps=3, gamma=0.9)
-    import torch as th
-
     rewards, last, discounts = buffer._n_step_returns(th.tensor([0, 2, 3, 4, 8]))
     assert last.tolist() == [2, 4, 4, 4, 9]
     expected = [0 + 0.9 + 0.81 * 2, 2 + 0.9 * 3 + 0.81 * 4, 3 + 0.9 * 4, 4, 8 + 0.9 * 9]
@@ -238,14 +251,112 @@ def test_n_step_returns():
     assert np.allclose(batch.discounts.flatten(), 0.9**steps)
 
 
-def test_memory():
-    """A dataset in memory is held once."""
-    n = 200_000
-    transitions = load_dataset(dict(
-        observations=np.zeros((n, 20), dtype=np.float32), next_observations=np.zeros((n, 20), dtype=np.float32),
-        actions=np.zeros((n, 4), dtype=np.float32), rewards=np.zeros(n, dtype=np.float32), dones=np.zeros(n, dtype=np.float32),
-    ))  # fmt: skip
+def test_ends_are_found():
+    """Where it is not said where episodes end, they end where the next observation is not the following observation."""
+    arrays = make_arrays()
+    arrays["observations"] = arrays["observations"] + np.repeat(np.arange(4), 5)[:, None]
+    arrays["next_observations"] = arrays["observations"] + np.float32(0.1)
+    arrays["next_observations"][:-1][~arrays["episode_ends"][:-1]] = arrays["observations"][1:][~arrays["episode_ends"][:-1]]
+    for dictionary in (False, True):
+        if dictionary:
+            arrays |= {name: {"a": arrays[name], "b": arrays[name]} for name in ("observations", "next_observations")}
+        without = {name: array for name, array in arrays.items() if name != "episode_ends"}
+        assert load_dataset(without).episode_ends.tolist() == arrays["episode_ends"].tolist()
+
+
+def test_reward_shift(tmp_path):
+    arrays = make_arrays()
+    np.savez(tmp_path / "data.npz", **arrays)
+    assert np.allclose(load_dataset(tmp_path / "data.npz", reward_shift=-1.0).rewards, arrays["rewards"] - 1)
+    assert load_dataset(arrays, reward_shift=2.0).rewards[3] == 5 and arrays["rewards"][3] == 3
+    with pytest.raises(ValueError, match="'success_timing' is for datasets of OGBench"):
+        load_dataset(arrays, success_timing="post")
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_stacked_frames_are_those_of_the_environment(channels_last):
+    """The dataset holds single images. Stacked, they are what VecFrameStack and VecTransposeImage make of the same steps."""
+    shape = (12, 14, 3) if channels_last else (3, 12, 14)
+
+    class Images(gym.Env):
+        observation_space = spaces.Box(0, 255, shape, dtype=np.uint8)
+        action_space = spaces.Box(-1, 1, (1,))
+        raw: ClassVar[list] = []
+
+        def _observe(self):
+            self.raw.append(self.observation_space.sample())
+            return self.raw[-1]
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self._observe(), {}
+
+        def step(self, action):
+            return self._observe(), 0.0, False, False, {}
+
+    Images.raw.clear()
+    env = VecFrameStack(DummyVecEnv([lambda: gym.wrappers.TimeLimit(Images(), 5)]), 3)
+    env = VecTransposeImage(env) if channels_last else env
+    stacked, stacked_next = [env.reset()], []
+    for _ in range(15):
+        observation, _, done, info = env.step(np.zeros((1, 1)))
+        stacked_next.append(info[0]["terminal_observation"][None] if done[0] else observation.copy())
+        stacked.append(observation.copy())
+
+    episodes = [Images.raw[6 * i : 6 * (i + 1)] for i in range(3)]
+    dataset = dict(
+        observations=np.concatenate([episode[:-1] for episode in episodes]),
+        next_observations=np.concatenate([episode[1:] for episode in episodes]),
+        actions=np.zeros((15, 1)), rewards=np.zeros(15), episode_ends=(np.arange(15) + 1) % 5 == 0,
+    )  # fmt: skip
+    model = FQL("CnnPolicy", env, dataset=dataset, buffer_size=10, policy_kwargs=dict(net_arch=[8]))
+    rows = th.randint(15, (200,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(th, "randint", lambda *args, **kwargs: rows)
+        batch = model.offline_buffer.sample(200)
+    assert np.array_equal(batch.observations, np.concatenate(stacked[:-1])[rows])
+    assert np.array_equal(batch.next_observations, np.concatenate(stacked_next)[rows])
+    model.learn_offline(2)
+
+    # An agent's replay buffer holds them stacked already
+    replay = FQL("CnnPolicy", env, learning_starts=0, buffer_size=10, policy_kwargs=dict(net_arch=[8])).learn(4).replay_buffer
+    model.set_dataset(replay)
+    assert model.offline_buffer.n_stack == 1
+    with pytest.raises(ValueError, match=r"observations of shape .* \(3 stacked: .*\) do not fit"):
+        model.set_dataset({**dataset, **{name: dataset[name][..., :2, :2] for name in ("observations", "next_observations")}})
+
+
+@pytest.mark.parametrize("kind", ["arrays", "npz", "npz without next", "hdf5", "hdf5 without next", "float64"])
+def test_memory(tmp_path, kind):
+    """Loading, checking and holding a dataset takes 1.1 times the memory of its arrays."""
+    n = 100_000
+    rows = np.arange(n, dtype=np.float32)
+    arrays = dict(
+        observations=np.stack([rows] * 40, axis=1), actions=np.zeros((n, 4)), rewards=rows, dones=rows % 1000 == 999,
+        episode_ends=rows % 1000 == 999,
+    )  # fmt: skip
+    if "without" not in kind:
+        arrays["next_observations"] = arrays["observations"] + 1
+    if kind == "float64":
+        arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+    path = tmp_path / ("data.hdf5" if "hdf5" in kind else "data.npz")
+    if "hdf5" in kind:
+        h5py = pytest.importorskip("h5py", reason='needs pip install "sb3-flow[offline]"')
+        with h5py.File(path, "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+    elif kind != "arrays":
+        np.savez(path, **arrays)
+
+    tracemalloc.start()
+    transitions = load_dataset(arrays if kind == "arrays" else path)
+    check_transitions(transitions, spaces.Box(-np.inf, np.inf, (40,)), spaces.Box(-1, 1, (4,)))
     buffer = OfflineBuffer(transitions, "cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.1 * transitions.nbytes
     for name in ("observations", "next_observations", "actions", "rewards", "dones"):
         assert np.shares_memory(getattr(buffer, name).numpy(), getattr(transitions, name))
-    assert transitions.nbytes < 1.1 * 4 * n * (20 + 20 + 4 + 1 + 1)
+    assert np.array_equal(transitions.observations[:, 3], rows)
+    going_on = transitions.dones == 0
+    assert np.array_equal(transitions.next_observations[going_on, 3], rows[going_on] + 1)

@@ -1,6 +1,5 @@
 """What SB3's buffers lack: a dataset to sample from, and batches drawn from several buffers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,21 +7,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_flow.common.datasets import Observations, Transitions
-
-
-def map_observations(function: Callable, *observations: Any) -> Any:
-    """
-    Apply a function to observations, or to each part of those that are dictionaries.
-
-    :param function: takes as many tensors as there are observations
-    :param observations: tensors, or dictionaries of them with the same keys
-    :return: a tensor, or a dictionary
-    """
-    first = observations[0]
-    if isinstance(first, dict):
-        return {key: function(*(obs[key] for obs in observations)) for key in first}
-    return function(*observations)
+from sb3_flow.common.transitions import Observations, Transitions, map_arrays
 
 
 class OfflineBuffer:
@@ -34,11 +19,21 @@ class OfflineBuffer:
     :param device: PyTorch device
     :param n_steps: Number of steps of the returns
     :param gamma: Discount factor, for returns of several steps
+    :param n_stack: Number of observations that are stacked on their first axis, the latest one last.
+        As in SB3's ``VecFrameStack``, there are zeros in place of those before the start of an episode.
     """
 
-    def __init__(self, transitions: Transitions, device: th.device | str = "cpu", n_steps: int = 1, gamma: float = 0.99):
+    def __init__(
+        self,
+        transitions: Transitions,
+        device: th.device | str = "cpu",
+        n_steps: int = 1,
+        gamma: float = 0.99,
+        n_stack: int = 1,
+    ):
         self.n_steps = n_steps
         self.gamma = gamma
+        self.n_stack = n_stack
         self.device = th.device(device)
         self.observations = self._to_torch(transitions.observations)
         self.next_observations = self._to_torch(transitions.next_observations)
@@ -48,7 +43,7 @@ class OfflineBuffer:
         self.episode_ends = th.as_tensor(transitions.episode_ends, device=self.device)
 
     def _to_torch(self, observations: Observations) -> PyTorchObs:
-        return map_observations(lambda obs: th.as_tensor(obs, device=self.device), observations)
+        return map_arrays(lambda obs: th.as_tensor(obs, device=self.device), observations)
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -66,8 +61,13 @@ class OfflineBuffer:
         if self.n_steps > 1:
             rewards, last, discounts = self._n_step_returns(rows)
             dones = self.dones[last]
-        observations = map_observations(lambda obs: obs[rows], self.observations)
-        next_observations = map_observations(lambda obs: obs[last], self.next_observations)
+        previous = self._previous_rows(rows)
+        observations = map_arrays(lambda obs: self._stack(obs, previous, obs[rows]), self.observations)
+        # Those before the next observation are the latest observations
+        previous = [last, *self._previous_rows(last)][: self.n_stack - 1]
+        next_observations = map_arrays(
+            lambda obs, next_obs: self._stack(obs, previous, next_obs[last]), self.observations, self.next_observations
+        )
         if env is not None:
             observations, next_observations = (self._normalize(obs, env) for obs in (observations, next_observations))
             rewards = th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), dtype=th.float32, device=self.device)
@@ -80,6 +80,25 @@ class OfflineBuffer:
             rewards=rewards.unsqueeze(1),
             discounts=discounts,
         )
+
+    def _previous_rows(self, rows: th.Tensor) -> list[th.Tensor]:
+        """The rows before, the nearest first, as many as are stacked. Negative before the start of an episode."""
+        previous = []
+        for _ in range(self.n_stack - 1):
+            before = (rows - 1).clamp(min=0)
+            rows = th.where((rows <= 0) | self.episode_ends[before], -1, before)
+            previous.append(rows)
+        return previous
+
+    @staticmethod
+    def _stack(observations: th.Tensor, previous: list[th.Tensor], latest: th.Tensor) -> th.Tensor:
+        if not previous:
+            return latest
+        frames = [latest]
+        for rows in previous:
+            exists = (rows >= 0).view(-1, *[1] * (latest.dim() - 1))
+            frames.insert(0, observations[rows] * exists)
+        return th.cat(frames, dim=1)
 
     def _n_step_returns(self, rows: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Sum of the discounted rewards until the end of the episode, last row of it, and discount of what comes after."""
@@ -94,9 +113,9 @@ class OfflineBuffer:
         return rewards, last, discounts.unsqueeze(1)
 
     def _normalize(self, observations: PyTorchObs, env: VecNormalize) -> PyTorchObs:
-        arrays = map_observations(lambda obs: obs.cpu().numpy(), observations)
+        arrays = map_arrays(lambda obs: obs.cpu().numpy(), observations)
         normalized = env.normalize_obs(arrays)
-        return map_observations(
+        return map_arrays(
             lambda obs: th.as_tensor(obs, dtype=th.float32 if obs.dtype == np.float64 else None, device=self.device),
             normalized,
         )
@@ -114,5 +133,5 @@ def concatenate_samples(
     """
     values: list[Any] = []
     for a, b in zip(first, second, strict=True):
-        values.append(None if a is None else map_observations(lambda *parts: th.cat(parts), a, b))
+        values.append(None if a is None else map_arrays(lambda *parts: th.cat(parts), a, b))
     return type(first)(*values)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -16,11 +17,13 @@ from stable_baselines3.common.type_aliases import (
     Schedule,
 )
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
 from torch.nn import functional as F
 
-from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, map_observations
-from sb3_flow.common.datasets import Dataset, check_transitions, load_dataset
+from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples
+from sb3_flow.common.datasets import Dataset, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
+from sb3_flow.common.transitions import Transitions, channels_first, check_transitions, map_arrays
 from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
@@ -212,16 +215,34 @@ class FQL(OffPolicyAlgorithm):
         :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
         """
         transitions = load_dataset(dataset, **kwargs)
-        check_transitions(transitions, self.observation_space, self.action_space)
-        # In [-1, 1] inside, as SB3 does. In single precision, and in place if the array is our own
+        observations, next_observations = (
+            channels_first(obs, self.observation_space) for obs in (transitions.observations, transitions.next_observations)
+        )
+        transitions = replace(transitions, observations=observations, next_observations=next_observations)
+        n_stack = self._n_stack(transitions)
+        check_transitions(transitions, self.observation_space, self.action_space, n_stack)
+        # In [-1, 1] inside, as SB3 does, and in single precision
         assert isinstance(self.action_space, spaces.Box)
         low, high = self.action_space.low.astype(np.float32), self.action_space.high.astype(np.float32)
-        actions = np.clip(2 * (transitions.actions - low) / (high - low) - 1, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN)
-        transitions = type(transitions)(**{**transitions.__dict__, "actions": actions})
-        self.offline_buffer = OfflineBuffer(transitions, self.device, self.n_steps, self.gamma)
+        actions = transitions.actions - low
+        actions *= 2 / (high - low)
+        actions -= 1
+        np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
+        transitions = replace(transitions, actions=actions)
+        self.offline_buffer = OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack)
         # Only what can be loaded again is worth remembering
         is_name = isinstance(dataset, str) or (isinstance(dataset, list) and all(isinstance(part, str) for part in dataset))
         self.dataset, self.dataset_kwargs = (dataset, kwargs) if is_name else (None, {})
+
+    def _n_stack(self, transitions: Transitions) -> int:
+        """Observations are stacked as the environment does it, unless those of the dataset are already."""
+        frame_stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
+        observations, space = transitions.observations, self.observation_space
+        while isinstance(observations, dict) and isinstance(space, spaces.Dict):
+            key = next(iter(space.spaces))
+            observations, space = observations.get(key), space.spaces[key]
+        is_stacked = isinstance(observations, np.ndarray) and observations.shape[1:] == space.shape
+        return 1 if frame_stack is None or is_stacked else frame_stack.stacked_obs.n_stack
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
@@ -361,7 +382,7 @@ class FQL(OffPolicyAlgorithm):
     def _augment(self, batch: ReplayBufferSamples | DictReplayBufferSamples):
         """Crop the images of each transition at random, its observation and its next observation alike."""
         shift = th.randint(2 * self.random_crop + 1, (2, len(batch.actions)), device=self.device)
-        crops = [map_observations(lambda obs: random_crop(obs, self.random_crop, shift), obs) for obs in batch[::2][:2]]
+        crops = [map_arrays(lambda obs: random_crop(obs, self.random_crop, shift), obs) for obs in batch[::2][:2]]
         return batch._replace(observations=crops[0], next_observations=crops[1])
 
     def learn_offline(

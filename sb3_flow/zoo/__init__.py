@@ -14,6 +14,9 @@ import sb3_flow
 #: The algorithms that :func:`register` adds to rl-zoo3, by the name that ``--algo`` takes.
 FLOW_ALGOS: dict[str, type[BaseAlgorithm]] = {"fpo": sb3_flow.FPO, "fql": sb3_flow.FQL}
 
+#: Those that are evaluated with noise unless told otherwise, as their authors do.
+EVALUATED_WITH_NOISE = ("fql",)
+
 
 def register() -> None:
     """

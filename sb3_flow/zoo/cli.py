@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_flow.zoo import FLOW_ALGOS, default_conf_file, register, register_envs
+from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS, default_conf_file, register, register_envs
 
 #: A new run has a checkpoint this often, unless --save-freq says otherwise
 DEFAULT_SAVE_FREQ = 25_000
@@ -71,6 +71,8 @@ def enjoy() -> None:
     args = _base_parser(add_help=False).parse_known_args()[0]
     _check_env(args.env, args.gym_packages)
     _add_defaults("--folder", "logs")
+    if args.algo in EVALUATED_WITH_NOISE and "--deterministic" not in sys.argv:
+        _add_defaults("--stochastic")
     if args.algo in FLOW_ALGOS and issubclass(FLOW_ALGOS[args.algo], OffPolicyAlgorithm):
         # rl-zoo3 only knows its own off-policy algorithms: ours would allocate a replay buffer too
         loader = SimpleNamespace(load=partial(FLOW_ALGOS[args.algo].load, buffer_size=1))
@@ -91,7 +93,11 @@ def evaluate() -> None:
     parser.add_argument("--exp-id", help="Experiment ID (default: 0: latest)", default=0, type=int)
     parser.add_argument("--load-best", action="store_true", help="Load the best model instead of the last one")
     parser.add_argument("-n", "--n-eval-episodes", help="Number of episodes", default=10, type=int)
-    parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions")
+    noise = parser.add_mutually_exclusive_group()
+    noise.add_argument("--stochastic", action="store_true", help="Use stochastic actions (default of FQL)", default=None)
+    noise.add_argument(
+        "--deterministic", action="store_false", dest="stochastic", help="Use deterministic actions (default of the others)"
+    )
     parser.add_argument("--seed", help="Random generator seed", default=0, type=int)
     parser.add_argument("--device", help="PyTorch device", default="auto")
     args = vars(parser.parse_args())
@@ -102,13 +108,16 @@ def evaluate() -> None:
         f"{result['model']}: {result['mean_return']:.2f} ± {result['std_return']:.2f} "
         f"({kind} return, {result['n_eval_episodes']} episodes)"
     )
+    if result["success_rate"] is not None:
+        print(f"Success rate: {100 * result['success_rate']:.0f} %")
     figure = plot_learning_curve(Path(result["model"]).parent, title=f"{args['algo'].upper()} on {args['env']}")
     print(f"Learning curve: {figure}")
 
 
 def datasets() -> None:
     """Print what is in an offline dataset: sb3-flow datasets info SPEC."""
-    from sb3_flow.common.datasets import check_transitions, load_dataset
+    from sb3_flow.common.datasets import load_dataset
+    from sb3_flow.common.transitions import check_transitions
 
     parser = argparse.ArgumentParser(prog="sb3-flow datasets", description=datasets.__doc__)
     parser.add_argument("action", choices=["info"])

@@ -12,6 +12,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 
+from sb3_flow.zoo import EVALUATED_WITH_NOISE
+
 
 def evaluate(
     algo: str,
@@ -20,7 +22,7 @@ def evaluate(
     exp_id: int = 0,
     load_best: bool = False,
     n_eval_episodes: int = 10,
-    stochastic: bool = False,
+    stochastic: bool | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -33,12 +35,13 @@ def evaluate(
     :param exp_id: Number of the run, 0 for the latest
     :param load_best: Whether to load the best model instead of the last one
     :param n_eval_episodes: Number of episodes
-    :param stochastic: Whether to sample the actions
+    :param stochastic: Whether to sample the actions. None: as the authors of the algorithm do, with FQL
     :param seed: Seed of the environment and of the actions
     :param device: PyTorch device
     :return: what is in evaluation.json: mean and standard deviation of the return, and how they were obtained
     :raises FileNotFoundError: if there is no such run
     """
+    stochastic = algo in EVALUATED_WITH_NOISE if stochastic is None else stochastic
     env_name = EnvironmentName(env)
     try:
         _, model_path, run_folder = get_model_path(exp_id, folder, algo, env_name, load_best)
@@ -57,9 +60,22 @@ def evaluate(
     custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
     # Nor is a replay buffer
     kwargs: dict[str, Any] = dict(buffer_size=1) if issubclass(ALGOS[algo], OffPolicyAlgorithm) else {}
+    if "HerReplayBuffer" in str(hyperparams.get("replay_buffer_class")):
+        kwargs["env"] = vec_env
     model = ALGOS[algo].load(model_path, custom_objects=custom_objects, device=device, **kwargs)
+    successes: list[bool] = []
+
+    def collect_successes(locals_: dict[str, Any], _) -> None:
+        if locals_["done"] and "is_success" in locals_["info"]:
+            successes.append(locals_["info"]["is_success"])
+
     returns, lengths = evaluate_policy(
-        model, vec_env, n_eval_episodes, deterministic=not stochastic, return_episode_rewards=True
+        model,
+        vec_env,
+        n_eval_episodes,
+        deterministic=not stochastic,
+        return_episode_rewards=True,
+        callback=collect_successes,
     )
     vec_env.close()
 
@@ -67,6 +83,7 @@ def evaluate(
         mean_return=float(np.mean(returns)),
         std_return=float(np.std(returns)),
         mean_length=float(np.mean(lengths)),
+        success_rate=float(np.mean(successes)) if successes else None,
         n_eval_episodes=n_eval_episodes,
         deterministic=not stochastic,
         seed=seed,

@@ -13,8 +13,11 @@ import numpy as np
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_flow.zoo import EVALUATED_WITH_NOISE
 
 
 def vecnormalize_path(checkpoint: Path) -> Path:
@@ -25,6 +28,32 @@ def vecnormalize_path(checkpoint: Path) -> Path:
     :return: rl_model_vecnormalize_*_steps.pkl beside it
     """
     return checkpoint.with_name(re.sub(r"^rl_model_(\d+_steps).zip$", r"rl_model_vecnormalize_\1.pkl", checkpoint.name))
+
+
+def replay_buffer_path(checkpoint: Path) -> Path:
+    """
+    Where SB3's ``CheckpointCallback`` leaves the replay buffer.
+
+    :param checkpoint: Path of the model, rl_model_*_steps.zip
+    :return: rl_model_replay_buffer_*_steps.pkl beside it
+    """
+    return vecnormalize_path(checkpoint).with_name(vecnormalize_path(checkpoint).name.replace("vecnormalize", "replay_buffer"))
+
+
+class _KeepLatestReplayBuffer(BaseCallback):
+    """Each is as large as its ``buffer_size``, whatever is in it: only that of the last checkpoint is kept."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def _on_step(self) -> bool:
+        paths = list(self.folder.glob("rl_model_replay_buffer_*_steps.pkl"))
+        if len(paths) > 1:
+            paths.sort(key=lambda path: int(path.stem.split("_")[-2]))
+            for path in paths[:-1]:
+                path.unlink()
+        return True
 
 
 def find_run(log_path: Path, env_id: str) -> Path:
@@ -90,6 +119,7 @@ class FlowExperimentManager(ExperimentManager):
 
     def __init__(self, *args, resume: Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.deterministic_eval = self.deterministic_eval and self.algo not in EVALUATED_WITH_NOISE
         self.resumed_timesteps = 0
         if resume is not None:
             self.resumed_timesteps = last_checkpoint(resume)[1]
@@ -102,8 +132,11 @@ class FlowExperimentManager(ExperimentManager):
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
         processed = super()._preprocess_hyperparams(hyperparams)
         if self.resumed_timesteps:
-            print(f"Resuming {self.save_path} after {self.resumed_timesteps} of {self.n_timesteps} timesteps")
-            self.n_timesteps = max(self.n_timesteps - self.resumed_timesteps, 0)
+            # Those of an offline phase, gradient steps, come on top of what is to be learned online
+            offline_steps = hyperparams.get("offline_steps", 0)
+            total = offline_steps + self.n_timesteps
+            print(f"Resuming {self.save_path} after {self.resumed_timesteps} of {total} timesteps")
+            self.n_timesteps = min(max(total - self.resumed_timesteps, 0), self.n_timesteps)
         return processed
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
@@ -132,11 +165,22 @@ class FlowExperimentManager(ExperimentManager):
                 raise SystemExit(f"sb3-flow: error: {error}") from error
             raise
 
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        model = super()._load_pretrained_agent(hyperparams, env)
+        replay_buffer = replay_buffer_path(Path(self.trained_agent))
+        if isinstance(model, OffPolicyAlgorithm) and replay_buffer.suffix == ".pkl" and replay_buffer.is_file():
+            print(f"Loading replay buffer {replay_buffer}")
+            model.load_replay_buffer(replay_buffer, truncate_last_traj=True)
+        return model
+
     def create_callbacks(self) -> None:
         super().create_callbacks()
-        for callback in self.callbacks:
+        for callback in list(self.callbacks):
             if isinstance(callback, CheckpointCallback):
                 callback.save_vecnormalize = True
+                if self.save_replay_buffer:
+                    callback.save_replay_buffer = True
+                    self.callbacks.append(_KeepLatestReplayBuffer(Path(self.save_path)))
             elif isinstance(callback, EvalCallback) and self.resumed_timesteps:
                 self._restore_evaluations(callback)
 
