@@ -4,12 +4,16 @@ import torch as th
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage, is_vecenv_wrapped
 
-from sb3_flow import FPO
+from sb3_flow import FPO, FQL
+from sb3_flow.common.networks import ImpalaCNN
 
 
-def make_model(env, **policy_kwargs):
+def make_model(env, algorithm=FPO, **policy_kwargs):
     policy_kwargs = dict(net_arch=[16], features_extractor_kwargs=dict(features_dim=16)) | policy_kwargs
-    return FPO("CnnPolicy", env, n_steps=32, batch_size=32, n_epochs=1, seed=0, device="cpu", policy_kwargs=policy_kwargs)
+    kwargs = dict(n_steps=32, batch_size=32, n_epochs=1)
+    if algorithm is FQL:
+        kwargs = dict(buffer_size=100, learning_starts=50, batch_size=8, random_crop=3)
+    return algorithm("CnnPolicy", env, seed=0, device="cpu", policy_kwargs=policy_kwargs, **kwargs)
 
 
 def make_env(channel_first=False):
@@ -18,20 +22,22 @@ def make_env(channel_first=False):
 
 @pytest.mark.parametrize("share_features_extractor", [True, False])
 @pytest.mark.parametrize("channel_first", [True, False])
-def test_cnn(tmp_path, share_features_extractor, channel_first):
-    model = make_model(make_env(channel_first), share_features_extractor=share_features_extractor).learn(64)
+@pytest.mark.parametrize("algorithm", [FPO, FQL])
+def test_cnn(tmp_path, algorithm, share_features_extractor, channel_first):
+    model = make_model(make_env(channel_first), algorithm, share_features_extractor=share_features_extractor).learn(64)
     assert is_vecenv_wrapped(model.get_env(), VecTransposeImage) != channel_first
     obs, _ = make_env(channel_first).reset()
     action, _ = model.predict(obs, deterministic=True)
     model.save(tmp_path / "model.zip")
-    loaded = FPO.load(tmp_path / "model.zip", device="cpu")
+    loaded = algorithm.load(tmp_path / "model.zip", device="cpu")
     assert np.array_equal(loaded.predict(obs, deterministic=True)[0], action)
 
 
 def test_frame_stack_and_reward_normalization():
-    env = VecNormalize(VecFrameStack(DummyVecEnv([make_env] * 2), 3), norm_obs=False)
-    model = make_model(env).learn(128)
-    assert model.observation_space.shape == (3, 40, 40)
+    env = VecFrameStack(DummyVecEnv([make_env] * 2), 3)
+    assert make_model(VecNormalize(env, norm_obs=False)).learn(128).observation_space.shape == (3, 40, 40)
+    # (replay buffers of SB3 hold images without normalization only)
+    assert make_model(env, FQL).learn(64).observation_space.shape == (3, 40, 40)
 
 
 @pytest.mark.parametrize("share_features_extractor", [True, False])
@@ -46,3 +52,43 @@ def test_which_loss_trains_which_features_extractor(share_features_extractor):
         loss.backward(retain_graph=True)
         touched = [all(parameter.grad is not None for parameter in extractor.parameters()) for extractor in extractors]
         assert touched == [share_features_extractor or own == 0, share_features_extractor or own == 1]
+
+
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+def test_fql_features_extractors(share_features_extractor):
+    """One for each network, or one for all, which the values do not train. The target network has its own, which follows."""
+    model = make_model(make_env(), FQL, share_features_extractor=share_features_extractor)
+    networks = [model.actor, model.bc_flow, model.critic, model.critic_target]
+    assert len({id(network.features_extractor) for network in networks}) == (2 if share_features_extractor else 4)
+    model.learn(50)
+    batch = model._sample(8)
+    for loss, index in [
+        (model._critic_loss(batch)[0], 2),
+        (model._bc_flow_loss(batch), 1),
+        (sum(model._actor_losses(batch)), 0),
+    ]:
+        model.policy.zero_grad(set_to_none=True)
+        loss.backward()
+        touched = [all(p.grad is not None for p in network.features_extractor.parameters()) for network in networks]
+        if share_features_extractor:
+            assert touched == [index != 2] * 3 + [False]
+        else:
+            assert touched == [index == i for i in range(4)]
+    before = [parameter.clone() for parameter in model.critic_target.features_extractor.parameters()]
+    model.tau = 0.5
+    model.train(2, 8)
+    after = model.critic_target.features_extractor.parameters()
+    assert not any(th.equal(a, b) for a, b in zip(before, after, strict=True) if a.dim() > 1)
+
+
+def test_impala():
+    """Three stages halve the size. Windows of the pooling that do not fit hang over the end, as in JAX."""
+    space = FakeImageEnv(screen_height=64, screen_width=64, n_channels=9, discrete=False, channel_first=True).observation_space
+    encoder = ImpalaCNN(space, features_dim=512)
+    assert encoder.linear[0].in_features == 32 * 8 * 8
+    images = th.zeros(1, 9, 64, 64)
+    assert encoder(images).shape == (1, 512)
+    pool = encoder.cnn[1]
+    x = th.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0], x[0, 0, 3, 3] = 1, 2
+    assert pool(x)[0, 0].tolist() == [[1, 0], [0, 2]]

@@ -52,7 +52,7 @@ def test_arrays_in_memory():
     assert transitions.episode_returns.tolist() == [10, 35, 60, 85]
     # Single precision is not copied
     assert np.shares_memory(transitions.observations, arrays["observations"])
-    assert load_dataset(transitions) is transitions
+    assert np.shares_memory(load_dataset(transitions).observations, transitions.observations)
     both = load_dataset([arrays, arrays])
     assert len(both) == 40 and both.episode_returns.tolist() == [10, 35, 60, 85] * 2
 
@@ -172,6 +172,10 @@ def test_replay_buffer(tmp_path, full):
     assert np.allclose(transitions.dones, [*(steps == 2)] * 2)
     assert transitions.episode_ends.tolist() == [*(np.isin(steps, (2, 4)) | (steps == steps[-1]))] * 2
 
+    with open(tmp_path / "other.pkl", "wb") as file:
+        pickle.dump({}, file)
+    with pytest.raises(ValueError, match="must hold a replay buffer, not a dict"):
+        load_dataset(tmp_path / "other.pkl", allow_pickle=True)
     with open(tmp_path / "buffer.pkl", "wb") as file:
         pickle.dump(buffer, file)
     with pytest.raises(ValueError, match="allow_pickle=True"):
@@ -225,6 +229,11 @@ def test_bad_structure_is_named(tmp_path):
         check_transitions(load_dataset(arrays), spaces.Box(-1, 1, (4,)))
     with pytest.raises(ValueError, match=r"actions of shape \(2,\) do not fit"):
         check_transitions(load_dataset(arrays), OBSERVATION_SPACE, spaces.Box(-1, 1, (1,)))
+    images = {name: np.zeros((20, 1, 4, 4)) for name in ("observations", "next_observations")}
+    with pytest.raises(ValueError, match="observations must be bytes, as the images of the env are, not float32"):
+        check_transitions(load_dataset(arrays | images), spaces.Box(0, 255, (1, 4, 4), dtype=np.uint8))
+    with pytest.raises(ValueError, match="same length"):
+        load_dataset(Transitions(**make_arrays() | dict(rewards=np.zeros(3))))
     with pytest.raises(FileNotFoundError, match=r"nothing\.npz"):
         load_dataset(tmp_path / "nothing.npz")
     with pytest.raises(ValueError, match=r"Unknown dataset 'cube\.zip': it must be ogbench:NAME"):
@@ -262,6 +271,20 @@ def test_ends_are_found():
             arrays |= {name: {"a": arrays[name], "b": arrays[name]} for name in ("observations", "next_observations")}
         without = {name: array for name, array in arrays.items() if name != "episode_ends"}
         assert load_dataset(without).episode_ends.tolist() == arrays["episode_ends"].tolist()
+
+
+def test_masks_of_ogbench_in_memory():
+    """What its ``make_env_and_datasets`` returns: ``terminals`` end trajectories, ``masks`` tell where to bootstrap."""
+    arrays = make_arrays()
+    arrays["terminals"], arrays["masks"] = arrays.pop("episode_ends"), 1.0 - (np.arange(20) == 7)
+    del arrays["dones"]
+    transitions = load_dataset(arrays)
+    assert np.flatnonzero(transitions.dones).tolist() == [7]
+    assert np.flatnonzero(transitions.episode_ends).tolist() == [4, 9, 14, 19]
+    # Returns of several steps stop where the task is solved, in the middle of a trajectory
+    buffer = OfflineBuffer(transitions, n_steps=3, gamma=0.9)
+    rewards, last, _ = buffer._n_step_returns(th.tensor([6]))
+    assert last.tolist() == [7] and np.allclose(rewards, 6 + 0.9 * 7)
 
 
 def test_reward_shift(tmp_path):

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_flow import FQL
 from sb3_flow.common.networks import EnsembleMLP
@@ -178,8 +179,13 @@ def test_terminations_stop_bootstrapping_truncations_do_not():
         infos = [{"TimeLimit.truncated": truncated}]
         buffer.add(np.zeros(3), np.zeros(3), np.zeros((1, 1)), np.zeros(1), np.ones(1), infos)
     assert buffer._get_samples(np.array([0, 1])).dones.flatten().tolist() == [0.0, 1.0]
-    data = make_dataset() | dict(dones=np.zeros(400), episode_ends=np.ones(400, dtype=bool))
-    assert make_model(dataset=data)._sample(64).dones.sum() == 0
+    data = make_dataset() | dict(dones=np.arange(400) % 3 == 0, episode_ends=np.arange(400) % 2 == 0)
+    for n_steps in (1, 2):
+        batch = make_model(dataset=data, n_steps=n_steps)._sample(256)
+        # The observations tell the row
+        rows = (batch.observations.numpy()[:, None] == data["observations"][None]).all(-1).argmax(1)
+        last = rows if n_steps == 1 else np.where((rows % 2 == 0) | (rows % 3 == 0), rows, rows + 1)
+        assert np.array_equal(batch.dones.flatten(), last % 3 == 0)
 
 
 def test_ensemble_equals_its_members():
@@ -264,9 +270,9 @@ def test_mixed_sampling(balanced_sampling):
 def test_offline_then_online():
     model = make_model(offline_steps=50, learning_starts=1000)
     model.learn(60)
-    # Random actions would have been drawn until step 1000
+    # No random actions, and an update for every step from the first one on
     assert model._n_updates == 50 + 60 and model.num_timesteps == 110
-    assert model.replay_buffer.pos == 60 and model.learning_starts == 1000
+    assert model.replay_buffer.pos == 60
     model.learn(10, reset_num_timesteps=False)
     assert model._n_updates == 120 and model.num_timesteps == 120
     online = FQL("MlpPolicy", "Pendulum-v1", learning_starts=20, policy_kwargs=dict(net_arch=[16])).learn(50)
@@ -280,9 +286,40 @@ def test_callbacks_offline(tmp_path):
     model.learn_offline(100, callback=[evaluation, checkpoint], log_interval=20, progress_bar=True)
     assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [40, 80]
     assert (tmp_path / "rl_model_100_steps.zip").is_file()
-    assert len(list((tmp_path / "FQL_offline_1").iterdir())) == 1
+    assert len(list((tmp_path / "FQL_1").iterdir())) == 1
     model.learn_offline(100, callback=lambda local_variables, global_variables: model.num_timesteps < 30)
     assert model.num_timesteps == 30
+
+
+def test_callbacks_over_both_phases(tmp_path):
+    """One run for TensorBoard, one learning rate schedule; what stops the offline phase stops it all."""
+
+    class Record(BaseCallback):
+        def __init__(self, stop_at=None):
+            super().__init__()
+            self.rates, self.inits, self.stop_at = [], 0, stop_at
+
+        def _init_callback(self):
+            self.inits += 1
+
+        def _on_step(self):
+            self.rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+            return self.num_timesteps != self.stop_at
+
+    model = make_model(offline_steps=30, learning_rate=lambda progress: progress, tensorboard_log=str(tmp_path))
+    record = Record()
+    model.learn(30, callback=[record, StopTrainingOnMaxEpisodes(10)], progress_bar=True)
+    # (online, the callback is called before the update of the step)
+    assert np.allclose(record.rates[:30], 1 - np.arange(30) / 60)
+    assert np.allclose(record.rates[31:], 1 - np.arange(31, 60) / 60)
+    assert record.inits == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["FQL_1"]
+    model.learn_offline(2, callback=(record := Record()))
+    assert record.rates == [1.0, 0.5]
+
+    stopped = make_model(offline_steps=30)
+    stopped.learn(30, callback=Record(stop_at=10))
+    assert stopped.num_timesteps == 10 and stopped.replay_buffer.pos == 0
 
 
 def test_resume_is_bit_equal(tmp_path):
@@ -306,6 +343,28 @@ def test_resume_is_bit_equal(tmp_path):
     assert model.num_timesteps == loaded.num_timesteps == 100
     for name in first:
         assert th.equal(first[name], second[name])
+
+
+def test_loaded_without_its_dataset(tmp_path):
+    model = make_model(offline_steps=3)
+    model.learn(2)
+    model.save(tmp_path / "model.zip")
+    loaded = FQL.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu")
+    with pytest.warns(UserWarning, match="The dataset was given as arrays, which are not saved"):
+        loaded.learn(2, reset_num_timesteps=False)
+    with pytest.raises(ValueError, match="There is no environment"):
+        without_env = FQL.load(tmp_path / "model.zip", device="cpu")
+        without_env.set_dataset(make_dataset())
+        without_env.learn_offline(2)
+    with pytest.raises(ValueError, match="`q_agg`: 'max'"):
+        FQL.load(tmp_path / "model.zip", q_agg="max")
+    with pytest.raises(ValueError, match="`buffer_size` must be larger to learn online, it is 1"):
+        FQL.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), buffer_size=1).learn(10)
+    flow = model.policy.bc_flow
+    flow.save(tmp_path / "flow.pth")
+    obs = np.ones((4, 3), dtype=np.float32)
+    assert np.array_equal(type(flow).load(tmp_path / "flow.pth").predict(obs, deterministic=True)[0],
+                          flow.predict(obs, deterministic=True)[0])  # fmt: skip
 
 
 def test_dataset_is_loaded_again(tmp_path):
@@ -336,6 +395,35 @@ def test_random_crop():
     assert random_crop(vectors, 2, th.zeros(2, 2, dtype=th.long)) is vectors
 
 
+def test_discounts_of_both_buffers():
+    """Returns of several steps, in the dataset, in the replay buffer, or in both."""
+    for kwargs, among in [
+        (dict(n_steps=3), [0.9, 0.9**2, 0.9**3]),
+        (dict(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=dict(n_steps=2, gamma=0.9)), [0.9, 0.9**2]),
+    ]:
+        model = make_model(gamma=0.9, balanced_sampling=True, **kwargs).learn(20)
+        discounts = model._sample(64).discounts
+        assert discounts.shape == (64, 1)
+        assert np.allclose(np.unique(discounts), sorted(among))
+
+
+def test_vec_normalize_knows_the_dataset():
+    """Without a step in the environment, the statistics are those of the dataset."""
+    data = make_dataset(2000)
+    data["observations"] = 100 * data["observations"] + 50
+    data["next_observations"] = data["observations"]
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), clip_obs=10.0)
+    model = FQL("MlpPolicy", env, dataset=data, policy_kwargs=dict(net_arch=[16]), seed=0).learn_offline(2)
+    assert np.allclose(env.obs_rms.mean, data["observations"].mean(axis=0), rtol=1e-3)
+    batch = model._sample(1000)
+    assert batch.observations.mean(dim=0).abs().max() < 0.2 and (batch.observations.std(dim=0) - 1).abs().max() < 0.2
+    assert 0.1 < batch.rewards.std() < 2
+    # Once (the environment is reset when learning starts)
+    count = env.obs_rms.count
+    model.learn_offline(2)
+    assert env.obs_rms.count == count + 1
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="Unknown `q_agg`: 'max', it must be one of 'mean', 'min'"):
         make_model(q_agg="max")
@@ -348,6 +436,14 @@ def test_bad_arguments():
         make_model(batch_size=0)
     with pytest.raises(ValueError, match="`n_flow_steps`"):
         make_model(policy_kwargs=dict(n_flow_steps=0))
+    with pytest.raises(ValueError, match="`random_crop_probability`"):
+        make_model(random_crop_probability=7)
+
+    class Fixed(gym.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Box(np.zeros(2), np.array([1.0, 0.0]))
+
+    with pytest.raises(ValueError, match="with low < high"):
+        FQL("MlpPolicy", Fixed())
     with pytest.raises(AssertionError, match="Discrete"):
         FQL("MlpPolicy", "CartPole-v1")
     data = make_dataset()

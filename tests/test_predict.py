@@ -5,14 +5,15 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_flow import FPO
+from sb3_flow import FPO, FQL
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto", pytest.param("cuda", marks=pytest.mark.skipif(
     not th.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
-def test_predict(device):
+@pytest.mark.parametrize("algorithm", [FPO, FQL])
+def test_predict(algorithm, device):
     env = make_vec_env("Pendulum-v1", 2)
-    model = FPO("MlpPolicy", env, device=device)
+    model = algorithm("MlpPolicy", env, device=device)
     obs = env.reset()
     for deterministic in (True, False):
         action, state = model.predict(obs, deterministic=deterministic)
@@ -25,8 +26,9 @@ def test_predict(device):
     evaluate_policy(model, env, n_eval_episodes=2)
 
 
-def test_deterministic_and_random():
-    model = FPO("MlpPolicy", "Pendulum-v1", device="cpu")
+@pytest.mark.parametrize("algorithm", [FPO, FQL])
+def test_deterministic_and_random(algorithm):
+    model = algorithm("MlpPolicy", "Pendulum-v1", device="cpu")
     obs = np.zeros((100, 3), dtype=np.float32)
     deterministic, _ = model.predict(obs, deterministic=True)
     assert np.allclose(deterministic, deterministic[0])

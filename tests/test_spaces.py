@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sb3_flow import FPO
+from sb3_flow import FPO, FQL
+from sb3_flow.common.datasets import from_replay_buffer
 
 
 class RandomEnv(gym.Env):
@@ -31,6 +32,22 @@ def run(observation_space, action_space, policy="MlpPolicy", **kwargs):
     return model
 
 
+def run_fql(observation_space, action_space):
+    """Online, offline from what that collected, and both at once."""
+    env = gym.wrappers.TimeLimit(RandomEnv(observation_space, action_space), 30)
+    kwargs = dict(buffer_size=100, batch_size=16, policy_kwargs=dict(net_arch=[12]), device="cpu")
+    online = FQL("MlpPolicy", env, learning_starts=40, **kwargs).learn(50)
+    dataset = from_replay_buffer(online.replay_buffer)
+    space = action_space
+    assert (dataset.actions >= space.low - 1e-4).all() and (dataset.actions <= space.high + 1e-4).all()
+    model = FQL("MlpPolicy", env, dataset=dataset, balanced_sampling=True, offline_steps=5, **kwargs).learn(10)
+    obs, _ = env.reset()
+    for policy in (model, model.policy.bc_flow):
+        for deterministic in (True, False):
+            action, _ = policy.predict(obs, deterministic=deterministic)
+            assert action.dtype == action_space.dtype and action_space.contains(action)
+
+
 BOX = spaces.Box(-1, 1, (2,))
 
 
@@ -51,6 +68,8 @@ def test_sizes(obs_dim, action_dim):
 )
 def test_action_spaces(action_space, squash_output):
     run(BOX, action_space, squash_output=squash_output)
+    if squash_output:
+        run_fql(BOX, action_space)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +83,7 @@ def test_action_spaces(action_space, squash_output):
 )
 def test_observation_spaces(observation_space):
     run(observation_space, BOX)
+    run_fql(observation_space, BOX)
 
 
 def test_tanh_reaches_the_bounds_and_no_further():

@@ -9,6 +9,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
@@ -54,8 +55,18 @@ def test_hyperparameters_are_valid(algo):
     blocks = yaml.safe_load(Path(sb3_flow.zoo.default_conf_file(algo)).read_text())
     assert "default" in blocks
     # Those of the zoo, and those that need a dataset
-    others = {"n_envs", "n_timesteps", "normalize", "policy", "env_wrapper", "dataset", "offline_steps"}
-    for hyperparams in blocks.values():
+    others = {"n_envs", "n_timesteps", "normalize", "policy", "env_wrapper", "frame_stack"}
+    others |= {"dataset", "dataset_kwargs", "offline_steps"}
+    for env_id, hyperparams in blocks.items():
+        if "dataset" in hyperparams:
+            # Each has the dataset of its own task
+            assert hyperparams["dataset"] in (env_id.replace("ogbench/", "ogbench:"), f"{env_id}.hdf5")
+            assert hyperparams["offline_steps"] == (1_000_000 if "ogbench/" in env_id and "visual" not in env_id else 500_000)
+            if env_id.startswith("ogbench/"):
+                gym.spec(env_id)
+        if hyperparams["policy"] == "CnnPolicy":
+            assert "visual" in env_id and hyperparams["frame_stack"] == 3
+            hyperparams["policy"] = "MlpPolicy"
         kwargs = {key: value for key, value in hyperparams.items() if key not in others}
         kwargs = ExperimentManager._preprocess_schedules(kwargs)
         kwargs["policy_kwargs"] = eval(kwargs.get("policy_kwargs", "{}"))
@@ -114,6 +125,68 @@ def test_fql_offline_then_online(monkeypatch, capsys):
     sb3_flow_main(monkeypatch, "enjoy", "--algo", "fql", "--env", "Pendulum-v1", "--no-render", "-n", 200)
     assert "1 Episodes" in capsys.readouterr().out and buffer_sizes == [1]
     assert ALGOS["fql"] is FQL
+
+
+def test_fql_resumes(monkeypatch, capsys):
+    """With its replay buffer, and for what is left of both phases."""
+    n = 200
+    rng = np.random.default_rng(0)
+    np.savez(
+        "data.npz", observations=np.zeros((n, 3)), next_observations=np.zeros((n, 3)), rewards=np.zeros(n),
+        actions=rng.uniform(-2, 2, size=(n, 1)),
+    )  # fmt: skip
+    train = ["train", "--algo", "fql", "--env", "Pendulum-v1", "--eval-freq", -1, "--save-freq", 40, "--save-replay-buffer"]
+    params = ["-params", "dataset:'data.npz'", "offline_steps:100", "policy_kwargs:dict(net_arch=[16])", "batch_size:32"]
+    run = Path("logs/fql/Pendulum-v1_1")
+    sb3_flow_main(monkeypatch, *train, "-n", 50, *params)
+    assert checkpoint_steps(run) == [40, 80, 120]
+    # Only the latest, which can be large
+    assert [path.name for path in run.glob("rl_model_replay_buffer_*")] == ["rl_model_replay_buffer_120_steps.pkl"]
+    sb3_flow_main(monkeypatch, *train, "-n", 60, *params, "--resume")
+    assert f"Resuming {run} after 120 of 160 timesteps" in capsys.readouterr().out
+    model = FQL.load(run / "Pendulum-v1.zip")
+    model.load_replay_buffer(run / "replay_buffer.pkl")
+    # (SB3 saves an online checkpoint before the transition of its step is stored and learned from)
+    assert model.num_timesteps == 160 and model._n_updates == 159 and model.replay_buffer.size() == 59
+    # From a checkpoint of the offline phase, all of the online phase is left
+    for path in [run / "rl_model_120_steps.zip", run / "rl_model_160_steps.zip", run / "replay_buffer.pkl"]:
+        path.unlink(missing_ok=True)
+    sb3_flow_main(monkeypatch, *train, "-n", 60, *params, "--resume")
+    model = FQL.load(run / "Pendulum-v1.zip")
+    model.load_replay_buffer(run / "replay_buffer.pkl")
+    assert model.num_timesteps == model._n_updates == 160 and model.replay_buffer.size() == 60
+
+
+def test_evaluation_with_and_without_noise(monkeypatch, capsys):
+    """FQL is evaluated with noise, as its authors do, unless told otherwise. Successes are counted."""
+    Path("my_tasks.py").write_text(
+        "import gymnasium as gym\n"
+        "class Task(gym.Wrapper):\n"
+        "    def step(self, action):\n"
+        "        *outcome, info = self.env.step(action)\n"
+        "        return *outcome, info | dict(is_success=True)\n"
+        "gym.register('MyTask-v0', lambda **kwargs: Task(gym.make('Pendulum-v1', **kwargs)))\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    calls = []
+    predict = FQL.predict
+    monkeypatch.setattr(
+        FQL, "predict", lambda self, *args, **kwargs: calls.append(kwargs["deterministic"]) or predict(self, *args, **kwargs)
+    )
+    mine = ["--algo", "fql", "--env", "MyTask-v0", "--gym-packages", "my_tasks"]
+    params = ["-params", "learning_starts:1000", "policy_kwargs:dict(net_arch=[16])", "buffer_size:100"]
+
+    def noise_of(*args):
+        calls.clear()
+        sb3_flow_main(monkeypatch, *args)
+        return {not deterministic for deterministic in calls}
+
+    assert noise_of("train", *mine, "-n", 20, "--eval-freq", 20, "--eval-episodes", 1, *params) == {True}
+    assert noise_of("evaluate", *mine, "-n", 1) == {True}
+    assert "Success rate: 100 %" in capsys.readouterr().out
+    assert noise_of("evaluate", *mine, "-n", 1, "--deterministic") == {False}
+    assert noise_of("enjoy", *mine, "-n", 10, "--no-render") == {True}
+    assert noise_of("enjoy", *mine, "-n", 10, "--no-render", "--deterministic") == {False}
 
 
 def test_datasets_info(monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_flow.common.transitions import Observations, Transitions, map_arrays
+from sb3_flow.common.transitions import Observations, Transitions, blocks, map_arrays
 
 
 class OfflineBuffer:
@@ -104,13 +104,36 @@ class OfflineBuffer:
         """Sum of the discounted rewards until the end of the episode, last row of it, and discount of what comes after."""
         rewards, last = self.rewards[rows], rows
         discounts = th.full_like(rewards, self.gamma)
-        going_on = ~self.episode_ends[rows]
+        # Tasks of OGBench can be solved, and so be over, in the middle of a trajectory
+        ends = self.episode_ends | (self.dones > 0)
+        going_on = ~ends[rows]
         for _ in range(self.n_steps - 1):
             last = last + going_on
             rewards = rewards + going_on * discounts * self.rewards[last]
             discounts = th.where(going_on, discounts * self.gamma, discounts)
-            going_on = going_on & ~self.episode_ends[last]
+            going_on = going_on & ~ends[last]
         return rewards, last, discounts.unsqueeze(1)
+
+    def fit_normalization(self, env: VecNormalize) -> None:
+        """
+        Give an environment that has not seen anything yet the statistics of the dataset, as if it had been seen there.
+
+        :param env: The environment
+        """
+        if not env.training or env.ret_rms.count >= 1:
+            return
+        if env.norm_obs:
+            statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {None: env.obs_rms}
+            for key, running in statistics.items():
+                observations: Any = self.observations if key is None else self.observations[key]  # type: ignore[call-overload]
+                for _, rows in blocks(observations.cpu().numpy()):
+                    running.update(rows)
+        discounted, episode_return = np.zeros(len(self)), 0.0
+        for row, (reward, end) in enumerate(zip(self.rewards.tolist(), self.episode_ends.tolist(), strict=True)):
+            discounted[row] = episode_return = episode_return * env.gamma + reward
+            if end:
+                episode_return = 0.0
+        env.ret_rms.update(discounted)
 
     def _normalize(self, observations: PyTorchObs, env: VecNormalize) -> PyTorchObs:
         arrays = map_arrays(lambda obs: obs.cpu().numpy(), observations)
@@ -122,15 +145,23 @@ class OfflineBuffer:
 
 
 def concatenate_samples(
-    first: ReplayBufferSamples | DictReplayBufferSamples, second: ReplayBufferSamples | DictReplayBufferSamples
+    first: ReplayBufferSamples | DictReplayBufferSamples,
+    second: ReplayBufferSamples | DictReplayBufferSamples,
+    gamma: float,
 ) -> ReplayBufferSamples | DictReplayBufferSamples:
     """
     One batch from two, of the same kind of observations.
 
     :param first: samples
     :param second: samples
+    :param gamma: Discount factor, of the samples that have none of their own when the others do
     :return: samples
     """
+    if (first.discounts is None) != (second.discounts is None):
+        first, second = (
+            batch if batch.discounts is not None else batch._replace(discounts=th.full_like(batch.rewards, gamma))
+            for batch in (first, second)
+        )
     values: list[Any] = []
     for a, b in zip(first, second, strict=True):
         values.append(None if a is None else map_arrays(lambda *parts: th.cat(parts), a, b))

@@ -5,7 +5,7 @@ Nothing that is loaded is ever executed: ``.npz`` files are read without pickle,
 caller says ``allow_pickle=True``.
 
 Loading a dataset from files needs no more than 1.1 times the memory of its arrays, and they are held once; where
-several are concatenated, they are held twice for a moment.
+several are concatenated, the largest of them is held twice for a moment.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,8 @@ def load_ogbench(name: str, path: str | Path | None = None, **env_kwargs) -> Tra
 
     :param name: e.g. "cube-single-play-singletask-v0", or "...-singletask-task3-v0"
     :param path: The ``.npz`` file, or the folder it is in. If None, OGBench downloads it to ~/.ogbench/data.
-    :param env_kwargs: For the environment of the task, e.g. ``success_timing="post"``
+    :param env_kwargs: For the environment of the task. (Its ``success_timing`` is about its own steps: the rewards of
+        a dataset are those of the observation they come with.)
     :return: transitions
     """
     try:
@@ -51,8 +52,8 @@ def load_ogbench(name: str, path: str | Path | None = None, **env_kwargs) -> Tra
     env_name = "-".join(words[: task - 1] + words[task:])
     if path is None:
         ogbench.download_datasets([file_name])
-        path = Path("~/.ogbench/data").expanduser()
-    path = Path(path)
+        path = "~/.ogbench/data"
+    path = Path(path).expanduser()
     file = path / f"{file_name}.npz" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"There is no dataset file {file}")
@@ -171,9 +172,12 @@ def _check_keys(keys: Sequence[str], needed: list[str], source: Any) -> None:
 
 
 def _from_mapping(data: Mapping[str, Any], source: Any) -> Transitions:
-    """D4RL's names (terminals, timeouts), or those of :class:`Transitions` (dones, episode_ends)."""
+    """Names of D4RL (terminals, timeouts), of OGBench (masks, terminals), or of :class:`Transitions` (dones, episode_ends)."""
     _check_keys(list(data), ["observations", "actions", "rewards"], source)
     dones, ends = data.get("dones", data.get("terminals")), data.get("episode_ends")
+    if "masks" in data:
+        # OGBench: where to bootstrap, and where trajectories end, are two things
+        dones, ends = 1 - np.asarray(data["masks"]), np.asarray(data["terminals"]) > 0 if "terminals" in data else ends
     if ends is None and "timeouts" in data:
         ends = np.asarray(data["timeouts"]).reshape(-1) > 0
         if dones is not None:
@@ -243,10 +247,16 @@ def load_dataset(
         parts = [load_dataset(part, allow_pickle, reward_shift, **kwargs) for part in dataset]
         if not parts:
             raise ValueError("`dataset` is an empty list")
-        return parts[0] if len(parts) == 1 else join(parts, sum(map(len, parts)))
+        return parts[0] if len(parts) == 1 else _join_and_free(parts)
     transitions = _load(dataset, allow_pickle, kwargs)
     # Not in place: the arrays may be the caller's
     return replace(transitions, rewards=transitions.rewards + np.float32(reward_shift)) if reward_shift else transitions
+
+
+def _join_and_free(parts: list[Transitions]) -> Transitions:
+    # Memory is taken as it is written to, and each part is given back as soon as it is copied
+    total = sum(map(len, parts))
+    return join((parts.pop(0) for _ in range(len(parts))), total)
 
 
 def _load(dataset: Any, allow_pickle: bool, kwargs: dict[str, Any]) -> Transitions:
@@ -259,7 +269,8 @@ def _load(dataset: Any, allow_pickle: bool, kwargs: dict[str, Any]) -> Transitio
     if kind == "minari":
         return load_minari(name)
     if isinstance(dataset, Transitions):
-        return dataset
+        # It may have been made by hand
+        return Transitions.from_arrays(**dataset.__dict__)
     if isinstance(dataset, ReplayBuffer):
         return from_replay_buffer(dataset)
     if isinstance(dataset, Mapping):
@@ -281,4 +292,7 @@ def _load(dataset: Any, allow_pickle: bool, kwargs: dict[str, Any]) -> Transitio
         return loader(path_)
     if not allow_pickle:
         raise ValueError(f"{path_} is a pickle, which can run any code when it is loaded: trust it with `allow_pickle=True`")
-    return from_replay_buffer(load_from_pkl(path_))
+    buffer = load_from_pkl(path_)
+    if not isinstance(buffer, ReplayBuffer):
+        raise ValueError(f"{path_} must hold a replay buffer, not a {type(buffer).__name__}")
+    return from_replay_buffer(buffer)

@@ -237,12 +237,14 @@ class ImpalaCNN(BaseFeaturesExtractor):
         for n_filters in (16, 32, 32):
             stages += [
                 nn.Conv2d(channels, n_filters, 3, padding=1),
-                nn.MaxPool2d(3, stride=2, padding=1),
+                # Padded at the end only, as in JAX
+                nn.MaxPool2d(3, stride=2, ceil_mode=True),
                 _Residual(n_filters),
             ]
-            channels, height, width = n_filters, (height + 1) // 2, (width + 1) // 2
+            channels, height, width = n_filters, height // 2, width // 2
         self.cnn = nn.Sequential(*stages, nn.ReLU(), nn.Flatten())
         self.linear = nn.Sequential(nn.Linear(channels * height * width, features_dim), TanhGELU())
+        self.apply(xavier_uniform_init)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return self.linear(self.cnn(observations))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_obs_shape
 
 Observations = np.ndarray | dict[str, np.ndarray]
 # Memory of a block of rows, in bytes
@@ -242,17 +243,20 @@ def join(parts: Iterator[Transitions] | Sequence[Transitions], total: int) -> Tr
 # --- What a dataset must be like
 
 
-def channels_first(observations: Observations, space: spaces.Space) -> Observations:
+def fit_observations(observations: Observations, space: spaces.Space) -> Observations:
     """
-    Images with their channels where they are in the space (where SB3's ``VecTransposeImage`` puts them).
+    Observations in the form that SB3 gives them: images with their channels where they are in the space (where
+    ``VecTransposeImage`` puts them), and numbers as vectors.
 
-    :param observations: images, channels first or last, and other observations, which are returned as they are
+    :param observations: of a dataset
     :param space: The observation space
     :return: the observations, not copied
     """
     if isinstance(observations, dict):
         parts = space.spaces if isinstance(space, spaces.Dict) else {}
-        return {key: channels_first(array, parts.get(key, space)) for key, array in observations.items()}  # type: ignore[misc]
+        return {key: fit_observations(array, parts.get(key, space)) for key, array in observations.items()}  # type: ignore[misc]
+    if isinstance(space, spaces.Discrete) and observations.size == len(observations):
+        return observations.reshape(-1, 1)
     height_width = () if space.shape is None else space.shape[1:]
     if observations.ndim == 4 and observations.shape[2:] != height_width == observations.shape[1:3]:
         return np.moveaxis(observations, -1, 1)
@@ -312,7 +316,9 @@ def _check_shapes(name: str, observations: Observations, space: spaces.Space, n_
     shape = observations.shape[1:]
     if shape and n_stack > 1:
         shape = (n_stack * shape[0], *shape[1:])
-    if shape != space.shape:
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(shape) == 3 and observations.dtype != np.uint8:
+        raise ValueError(f"{name} must be bytes, as the images of the env are, not {observations.dtype}")
+    if shape != get_obs_shape(space):
         stacked = f" ({n_stack} stacked: {shape})" if n_stack > 1 else ""
         raise ValueError(
             f"{name} of shape {observations.shape[1:]}{stacked} do not fit the observation space of the env, {space}"

@@ -1,11 +1,13 @@
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -18,12 +20,13 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples
 from sb3_flow.common.datasets import Dataset, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
-from sb3_flow.common.transitions import Transitions, channels_first, check_transitions, map_arrays
+from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
 from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
@@ -32,6 +35,8 @@ SelfFQL = TypeVar("SelfFQL", bound="FQL")
 Q_AGGREGATIONS = ("mean", "min")
 # The authors keep the actions of the dataset just inside of the bounds
 ACTION_MARGIN = 1e-5
+# In gradient steps
+OFFLINE_LOG_INTERVAL = 1000
 
 
 class FQL(OffPolicyAlgorithm):
@@ -61,8 +66,8 @@ class FQL(OffPolicyAlgorithm):
         the same learning rate will be used for all networks (Q-Values, Actor and flow)
         it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer (of what is collected online)
-    :param learning_starts: how many steps of the model to collect transitions for before learning starts
-        (when there is no dataset)
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts.
+        It becomes 0 with a dataset: there is something to learn from, and a policy better than random actions.
     :param batch_size: Minibatch size for each gradient update
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
     :param gamma: the discount factor
@@ -139,12 +144,6 @@ class FQL(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        check_choice("q_agg", q_agg, Q_AGGREGATIONS)
-        for name, value in [("alpha", alpha), ("offline_steps", offline_steps), ("random_crop", random_crop)]:
-            if value < 0:
-                raise ValueError(f"`{name}` must not be negative, it is {value}")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, it is {batch_size}")
         if offline_steps > 0 and dataset is None:
             raise ValueError("`offline_steps` needs a `dataset`")
 
@@ -186,14 +185,33 @@ class FQL(OffPolicyAlgorithm):
         #: Name of the dataset, to load it again. None if it was given as arrays.
         self.dataset: Any = None
         self.offline_buffer: OfflineBuffer | None = None
+        self._has_dataset = False
         self._n_offline_updates = 0
+        self._steps_after_offline = 0
 
         if _init_setup_model:
             self._setup_model()
             if dataset is not None:
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
+    def _check_arguments(self) -> None:
+        check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
+        for name in ("alpha", "offline_steps", "random_crop"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, it is {self.batch_size}")
+        if not 0 <= self.random_crop_probability <= 1:
+            raise ValueError(f"`random_crop_probability` must be in [0, 1], it is {self.random_crop_probability}")
+        assert isinstance(self.action_space, spaces.Box)
+        if (
+            not np.issubdtype(self.action_space.dtype, np.floating)
+            or not (self.action_space.high > self.action_space.low).all()
+        ):
+            raise ValueError(f"The action space must be real numbers, with low < high, it is {self.action_space}")
+
     def _setup_model(self) -> None:
+        self._check_arguments()
         super()._setup_model()
         self._create_aliases()
         # Running mean and running var
@@ -214,30 +232,39 @@ class FQL(OffPolicyAlgorithm):
         :param kwargs: Keyword arguments to pass to it
         :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
         """
+        names = [dataset] if isinstance(dataset, (str, Path)) else dataset
+        has_name = isinstance(names, (list, tuple)) and all(isinstance(name, (str, Path)) for name in names)
         transitions = load_dataset(dataset, **kwargs)
         observations, next_observations = (
-            channels_first(obs, self.observation_space) for obs in (transitions.observations, transitions.next_observations)
+            fit_observations(obs, self.observation_space) for obs in (transitions.observations, transitions.next_observations)
         )
         transitions = replace(transitions, observations=observations, next_observations=next_observations)
         n_stack = self._n_stack(transitions)
         check_transitions(transitions, self.observation_space, self.action_space, n_stack)
-        # In [-1, 1] inside, as SB3 does, and in single precision
+        # In [-1, 1] inside, as SB3 does, and in single precision. Arrays of the user's own are not touched
         assert isinstance(self.action_space, spaces.Box)
         low, high = self.action_space.low.astype(np.float32), self.action_space.high.astype(np.float32)
-        actions = transitions.actions - low
+        actions = np.subtract(transitions.actions, low, out=transitions.actions if has_name else None)
         actions *= 2 / (high - low)
         actions -= 1
         np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
         transitions = replace(transitions, actions=actions)
         self.offline_buffer = OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack)
+        self._has_dataset = True
+        self.learning_starts = 0
         # Only what can be loaded again is worth remembering
-        is_name = isinstance(dataset, str) or (isinstance(dataset, list) and all(isinstance(part, str) for part in dataset))
-        self.dataset, self.dataset_kwargs = (dataset, kwargs) if is_name else (None, {})
+        self.dataset, self.dataset_kwargs = (dataset, kwargs) if has_name else (None, {})
+
+    def _load_dataset(self) -> None:
+        """After a model was loaded, its dataset is."""
+        if self.offline_buffer is None and self.dataset is not None:
+            self.set_dataset(self.dataset, **self.dataset_kwargs)
 
     def _n_stack(self, transitions: Transitions) -> int:
         """Observations are stacked as the environment does it, unless those of the dataset are already."""
         frame_stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
-        observations, space = transitions.observations, self.observation_space
+        observations: Any = transitions.observations
+        space = self.observation_space
         while isinstance(observations, dict) and isinstance(space, spaces.Dict):
             key = next(iter(space.spaces))
             observations, space = observations.get(key), space.spaces[key]
@@ -362,6 +389,9 @@ class FQL(OffPolicyAlgorithm):
             n_from_replay = batch_size // 2
         else:
             n_from_replay = int(np.random.binomial(batch_size, n_online / (n_online + len(self.offline_buffer))))
+            if n_from_replay == 1 and isinstance(self.replay_buffer, HerReplayBuffer):
+                # Of a single transition it would relabel none, and ask the environment for the rewards of nothing
+                n_from_replay = min(2, batch_size)
 
         parts: list[Any] = []
         if n_from_replay < batch_size:
@@ -370,14 +400,19 @@ class FQL(OffPolicyAlgorithm):
         if n_from_replay > 0:
             assert self.replay_buffer is not None
             parts.append(self.replay_buffer.sample(n_from_replay, env=self._vec_normalize_env))
-        batch = parts[0] if len(parts) == 1 else concatenate_samples(*parts)
+        batch = parts[0] if len(parts) == 1 else concatenate_samples(parts[0], parts[1], self.gamma)
         if self.random_crop > 0 and th.rand(()) < self.random_crop_probability:
             batch = self._augment(batch)
         return batch
 
     def _n_online(self) -> int:
-        """Number of transitions in the replay buffer."""
-        return 0 if self.replay_buffer is None else self.replay_buffer.size() * self.replay_buffer.n_envs
+        """Number of transitions in the replay buffer that can be sampled."""
+        if self.replay_buffer is None:
+            return 0
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            # Those of the episodes that are over
+            return int((self.replay_buffer.ep_length > 0).sum())
+        return self.replay_buffer.size() * self.replay_buffer.n_envs
 
     def _augment(self, batch: ReplayBufferSamples | DictReplayBufferSamples):
         """Crop the images of each transition at random, its observation and its next observation alike."""
@@ -389,8 +424,8 @@ class FQL(OffPolicyAlgorithm):
         self: SelfFQL,
         gradient_steps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1000,
-        tb_log_name: str = "FQL_offline",
+        log_interval: int | None = OFFLINE_LOG_INTERVAL,
+        tb_log_name: str = "FQL",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfFQL:
@@ -405,31 +440,52 @@ class FQL(OffPolicyAlgorithm):
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
-        :raises ValueError: if there is no dataset
+        :raises ValueError: if there is no dataset, or no environment
         """
+        self._learn_offline(gradient_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        return self
+
+    def _learn_offline(
+        self,
+        gradient_steps: int,
+        callback: MaybeCallback,
+        log_interval: int | None,
+        tb_log_name: str,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> bool:
+        """:return: False if a callback stopped it"""
+        self._load_dataset()
         if self.offline_buffer is None:
-            if self.dataset is None:
-                raise ValueError("There is no dataset: pass `dataset` to the constructor, or call `set_dataset()`")
-            self.set_dataset(self.dataset, **self.dataset_kwargs)
+            raise ValueError("There is no dataset: pass `dataset` to the constructor, or call `set_dataset()`")
+        if self.env is None:
+            raise ValueError("There is no environment: pass `env` to `load()`, or call `set_env()`")
+        if self._vec_normalize_env is not None:
+            self.offline_buffer.fit_normalization(self._vec_normalize_env)
         if progress_bar:
-            callbacks = callback if isinstance(callback, list) else [callback] if callback is not None else []
-            callback = CallbackList([*(self._init_callback(part) for part in callbacks), _GradientStepProgressBar()])
+            parts = callback if isinstance(callback, list) else [] if callback is None else [callback]
+            callbacks = [part if isinstance(part, BaseCallback) else ConvertCallback(part) for part in parts]
+            callback = CallbackList([*callbacks, _GradientStepProgressBar()])
         total_timesteps, callback = self._setup_learn(gradient_steps, callback, reset_num_timesteps, tb_log_name)
         callback.on_training_start(locals(), globals())
+        # What callbacks look for: no episode ends here
+        dones = np.zeros(self.n_envs, dtype=bool)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
 
-        while self.num_timesteps < total_timesteps:
+        continue_training = True
+        while self.num_timesteps < total_timesteps and continue_training:
+            # The learning rate, if it is a schedule, goes over both phases
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps + self._steps_after_offline)
             self.train(gradient_steps=1, batch_size=self.batch_size)
             self.num_timesteps += 1
             self._n_offline_updates += 1
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             callback.update_locals(locals())
-            if not callback.on_step():
-                break
+            continue_training = callback.on_step()
             if log_interval is not None and self.num_timesteps % log_interval == 0:
                 self.dump_logs()
 
         callback.on_training_end()
-        return self
+        return continue_training
 
     def learn(
         self: SelfFQL,
@@ -445,42 +501,47 @@ class FQL(OffPolicyAlgorithm):
 
         :param total_timesteps: The total number of steps in the environment
         :param callback: callback(s) called at every step
-        :param log_interval: The number of episodes before logging
+        :param log_interval: The number of episodes before logging (offline, every 1000 gradient steps, or never if None)
         :param tb_log_name: the name of the run for TensorBoard logging
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
+        :raises ValueError: if the replay buffer is too small to learn online
         """
+        if total_timesteps > 1 and self.buffer_size < 2:
+            raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
+        self._load_dataset()
+        if self._has_dataset and self.offline_buffer is None:
+            warnings.warn(
+                "The dataset was given as arrays, which are not saved: call `set_dataset()` to go on learning from it"
+            )
         offline_steps = self.offline_steps - self._n_offline_updates
         if offline_steps > 0:
-            reset = reset_num_timesteps and self._n_offline_updates == 0
-            self.learn_offline(
-                offline_steps,
-                callback,
-                tb_log_name=f"{tb_log_name}_offline",
-                reset_num_timesteps=reset,
-                progress_bar=progress_bar,
-            )
+            reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
+            self._steps_after_offline = max(total_timesteps, 0)
+            try:
+                if not self._learn_offline(
+                    offline_steps,
+                    callback,
+                    None if log_interval is None else OFFLINE_LOG_INTERVAL,
+                    tb_log_name,
+                    reset_num_timesteps,
+                    progress_bar,
+                ):
+                    return self
+            finally:
+                self._steps_after_offline = 0
             reset_num_timesteps = False
-        elif self.offline_buffer is None and self.dataset is not None:
-            self.set_dataset(self.dataset, **self.dataset_kwargs)
         if total_timesteps <= 0:
             return self
-        learning_starts = self.learning_starts
-        try:
-            if self.offline_buffer is not None:
-                # The dataset is there to learn from, and the policy that it gave better than random actions
-                self.learning_starts = 0
-            return super().learn(
-                total_timesteps=total_timesteps,
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
-        finally:
-            self.learning_starts = learning_starts
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor", "bc_flow", "critic", "critic_target", "offline_buffer"]

@@ -119,11 +119,27 @@ class BCFlow(BasePolicy):
             normalize_images=normalize_images,
             squash_output=True,
         )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
         self.action_dim = get_action_dim(action_space)
         self.n_flow_steps = n_flow_steps
         # The time itself is the input, without an embedding
         self.network = FlowNetwork(features_dim, self.action_dim, net_arch, activation_fn, timestep_embedding_dim=0)
         self.network.apply(xavier_uniform_init)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                features_dim=self.features_dim,
+                activation_fn=self.activation_fn,
+                features_extractor=self.features_extractor,
+                n_flow_steps=self.n_flow_steps,
+            )
+        )
+        return data
 
     def forward(self, obs: PyTorchObs, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -173,6 +189,7 @@ class EnsembleCritic(BaseModel):
     :param normalize_images: Whether to normalize images or not, dividing by 255.0
     :param n_critics: Number of critic networks
     :param layer_norm: Whether to normalize the layers
+    :param share_features_extractor: Whether the features extractor is shared with the actor
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -188,10 +205,12 @@ class EnsembleCritic(BaseModel):
         normalize_images: bool = True,
         n_critics: int = 2,
         layer_norm: bool = True,
+        share_features_extractor: bool = False,
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
+        self.share_features_extractor = share_features_extractor
         input_dim = features_dim + get_action_dim(action_space)
         self.q_networks = EnsembleMLP(n_critics, input_dim, net_arch, activation_fn, layer_norm)
 
@@ -201,14 +220,16 @@ class EnsembleCritic(BaseModel):
         :param actions: in [-1, 1], (batch, action_dim)
         :return: (n_critics, batch)
         """
-        features = self.extract_features(obs, self.features_extractor)
+        # A shared features extractor is learned with the policy, not with the values (as in SB3's SAC)
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            features = self.extract_features(obs, self.features_extractor)
         return self.q_networks(th.cat([features, actions], dim=1))
 
 
 class FQLPolicy(BasePolicy):
     """
     Policy class of FQL: the one-step ``actor`` that acts, the ``bc_flow`` it is distilled from, the ``critic``
-    and its target. Each has a features extractor of its own.
+    and its target. Each has a features extractor of its own, unless it is shared.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -228,6 +249,8 @@ class FQLPolicy(BasePolicy):
     :param n_critics: Number of critic networks to create.
     :param layer_norm: Whether to normalize the layers of the critics
     :param n_flow_steps: Number of Euler steps of the flow
+    :param share_features_extractor: Whether to share or not the features extractor between the actor, the flow and the
+        critic (this saves memory). It is then learned with the actor and the flow.
     """
 
     actor: OneStepActor
@@ -250,6 +273,7 @@ class FQLPolicy(BasePolicy):
         n_critics: int = 2,
         layer_norm: bool = True,
         n_flow_steps: int = 10,
+        share_features_extractor: bool = False,
     ):
         if n_flow_steps < 1:
             raise ValueError(f"`n_flow_steps` must be at least 1, it is {n_flow_steps}")
@@ -268,6 +292,7 @@ class FQLPolicy(BasePolicy):
         self.n_critics = n_critics
         self.layer_norm = layer_norm
         self.n_flow_steps = n_flow_steps
+        self.share_features_extractor = share_features_extractor
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -287,15 +312,21 @@ class FQLPolicy(BasePolicy):
         actor_args = dict(net_args, net_arch=actor_arch)
         critic_args = dict(net_args, net_arch=critic_arch, n_critics=self.n_critics, layer_norm=self.layer_norm)
         self.actor = OneStepActor(**self._update_features_extractor(actor_args))
-        self.bc_flow = BCFlow(**self._update_features_extractor(dict(actor_args, n_flow_steps=self.n_flow_steps)))
-        self.critic = EnsembleCritic(**self._update_features_extractor(critic_args))
+        shared = self.actor.features_extractor if self.share_features_extractor else None
+        flow_args = dict(actor_args, n_flow_steps=self.n_flow_steps)
+        self.bc_flow = BCFlow(**self._update_features_extractor(flow_args, shared))
+        self.critic = EnsembleCritic(
+            **self._update_features_extractor(critic_args, shared), share_features_extractor=self.share_features_extractor
+        )
+        # The target network has its own, which follows
         self.critic_target = EnsembleCritic(**self._update_features_extractor(critic_args))
         self.critic_target.load_state_dict(self.critic.state_dict())
         # Target networks should always be in eval mode
         self.critic_target.set_training_mode(False)
         self.critic_target.requires_grad_(False)
 
-        # The networks share no parameter: one optimizer on the sum of the losses is one for each of them
+        # No parameter is reached by the losses of two networks (but a shared features extractor): one optimizer on the sum
+        # of the losses is one for each of them
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
@@ -313,6 +344,7 @@ class FQLPolicy(BasePolicy):
                 n_critics=self.n_critics,
                 layer_norm=self.layer_norm,
                 n_flow_steps=self.n_flow_steps,
+                share_features_extractor=self.share_features_extractor,
             )
         )
         return data
