@@ -4,10 +4,12 @@ Offline datasets: OGBench, Minari, D4RL's HDF5, ``.npz``, arrays in memory and S
 Nothing that is loaded is ever executed: ``.npz`` files are read without pickle, pickled replay buffers only if the
 caller says ``allow_pickle=True``.
 
-Loading a dataset from files needs no more than 1.1 times the memory of its arrays, and they are held once; where
-several are concatenated, the largest of them is held twice for a moment.
+Loading a dataset from files needs no more than 1.1 times the memory of its arrays, and they are held once. Where several
+are concatenated, the largest of them is held twice for a moment. OGBench's environment of the task, up to some hundred
+MB, is made and freed before.
 """
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,14 +62,15 @@ def load_ogbench(name: str, path: str | Path | None = None, **env_kwargs) -> Tra
 
     with np.load(file, allow_pickle=False) as npz:
         _check_keys(npz.files, ["observations", "actions", "terminals", "qpos"], file)
-        # The states of the simulator tell where the task is solved
+        # The states of the simulator tell where the task is solved, for which no images are needed
         states = {key: npz[key] for key in ("qpos", "button_states") if key in npz.files}
-        # of which images need no picture
         env = gym.make(env_name.removeprefix("visual-"), **env_kwargs)
         relabel_dataset(env_name, env, states)
         env.close()
         rewards, masks = states["rewards"], states["masks"]
-        del states
+        # Both can be large, and go before the arrays come
+        del states, env
+        gc.collect()
         # The last row of a trajectory has no next observation, and is dropped
         ends = npz["terminals"] > 0
         dones = np.where(ends, 0.0, 1.0 - masks)
