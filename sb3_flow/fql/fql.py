@@ -508,9 +508,10 @@ class FQL(OffPolicyAlgorithm):
         :return: the trained model
         :raises ValueError: if the replay buffer is too small to learn online
         """
-        if total_timesteps > 1 and self.buffer_size < 2:
-            raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
         self._load_dataset()
+        if total_timesteps > 1 and self.buffer_size < 2 and self._has_dataset:
+            # Enough to learn offline
+            raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
         if self._has_dataset and self.offline_buffer is None:
             warnings.warn(
                 "The dataset was given as arrays, which are not saved: call `set_dataset()` to go on learning from it"
