@@ -436,6 +436,8 @@ def test_bad_arguments():
         make_model(batch_size=0)
     with pytest.raises(ValueError, match="`n_flow_steps`"):
         make_model(policy_kwargs=dict(n_flow_steps=0))
+    with pytest.raises(ValueError, match="`use_sde` must be False"):
+        make_model(use_sde=True)
     with pytest.raises(ValueError, match="`random_crop_probability`"):
         make_model(random_crop_probability=7)
 

@@ -83,6 +83,7 @@ class FQL(OffPolicyAlgorithm):
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer
         at a cost of more complexity.
     :param n_steps: When n_step > 1, uses n-step return when updating the Q-networks.
+    :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
     :param random_crop: Padding of the random crops that images are augmented with, in pixels
         (the authors use 3), no augmentation if 0
     :param random_crop_probability: Share of the batches that are augmented
@@ -134,6 +135,7 @@ class FQL(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
+        use_sde: bool = False,
         random_crop: int = 0,
         random_crop_probability: float = 0.5,
         stats_window_size: int = 100,
@@ -144,6 +146,8 @@ class FQL(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        if use_sde:
+            raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
         if offline_steps > 0 and dataset is None:
             raise ValueError("`offline_steps` needs a `dataset`")
 
