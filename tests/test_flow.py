@@ -1,6 +1,8 @@
 """The mathematics of flow matching: path, CFM loss, networks, samplers."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from sb3_flow.common.flow import (
     timestep_range,
     to_velocity,
 )
-from sb3_flow.common.networks import FlowNetwork, TimestepEmbedding
+from sb3_flow.common.networks import FlowNetwork, TanhGELU, TimestepEmbedding
 from sb3_flow.common.samplers import SAMPLERS
 
 
@@ -152,11 +154,85 @@ def test_folded_sampler_equals_plain_loop(prediction_type, n_flow_steps):
     assert th.allclose(field(noise, 0.123), to_velocity(off_grid, noise, 0.123, prediction_type), atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    ("net_arch", "activation_fn"),
+    [
+        ([], nn.SiLU),
+        ([8], nn.ELU),
+        ([16, 8, 8], nn.SiLU),
+        ([8, 8], nn.ReLU),
+        ([8, 8], nn.Tanh),
+        ([8, 4], nn.GELU),
+        ([8], TanhGELU),
+    ],
+)
+@pytest.mark.parametrize("embedding_dim", [0, 8])
+def test_in_place_sampler_equals_plain_one(prediction_type, net_arch, activation_fn, embedding_dim):
+    network = make_network(net_arch=net_arch, activation_fn=activation_fn, timestep_embedding_dim=embedding_dim)
+    for batch_size in (7, 7, 1, 12):
+        features, noise = th.randn(batch_size, 6), th.randn(batch_size, 3)
+        plain = network.sample(features, noise, prediction_type, 4)
+        assert plain.requires_grad
+        before = noise.clone()
+        with th.no_grad():
+            fast = network.sample(features, noise, prediction_type, 4)
+        assert th.allclose(fast, plain, atol=1e-4, rtol=1e-4) and th.equal(noise, before)
+        # An ordinary tensor, which can take part in a loss, and which the next call leaves alone
+        kept = fast.clone()
+        (network.input_layer.weight.sum() * fast).sum().backward()
+        with th.no_grad():
+            network.sample(features, noise + 1, prediction_type, 4)
+        assert th.equal(fast, kept)
+
+
+def test_in_place_sampler_follows_the_weights():
+    """What was prepared is forgotten when a weight changes, whatever changes it."""
+    network = make_network()
+    features, noise = th.randn(7, 6), th.randn(7, 3)
+    optimizer = th.optim.Adam(network.parameters(), lr=0.1)
+
+    def step():
+        network.sample(features, noise, "velocity", 4).sum().backward()
+        optimizer.step()
+
+    def replace():
+        network.layers[-1] = nn.Linear(*reversed(network.layers[-1].weight.shape))
+        network.train(False)
+
+    def behind_the_back():
+        for parameter in network.parameters():
+            parameter.data.mul_(1.5)
+        network.train(False)
+
+    changes = [
+        step,
+        lambda: network.load_state_dict(make_network().state_dict()),
+        lambda: nn.utils.vector_to_parameters(th.randn(sum(p.numel() for p in network.parameters())), network.parameters()),
+        lambda: network.double().float(),
+        replace,
+        behind_the_back,
+    ]
+    for change in changes:
+        with th.no_grad():
+            old = network.sample(features, noise, "velocity", 4)
+        change()
+        with th.no_grad():
+            new = network.sample(features, noise, "velocity", 4)
+        assert th.allclose(new, network.sample(features, noise, "velocity", 4), atol=1e-4, rtol=1e-4)
+        assert change is changes[3] or not th.allclose(new, old, atol=1e-3)
+    # A copy has nothing prepared
+    other = copy.deepcopy(network)
+    with th.no_grad():
+        other.input_layer.weight.mul_(2)
+        assert not th.allclose(other.sample(features, noise, "velocity", 4), network.sample(features, noise, "velocity", 4))
+    pickle.loads(pickle.dumps(network))
+
+
 def test_gradient_flows_through_the_sampler():
     network = make_network()
     features, noise = th.randn(10, 6), th.randn(10, 3)
-    field = network.velocity_field(features, "velocity", 5)
-    SAMPLERS["euler"](field, noise, 5, 0.0).square().sum().backward()
+    network.sample(features, noise, "velocity", 5).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
 
 

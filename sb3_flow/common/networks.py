@@ -10,7 +10,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from torch import nn
 
 from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
-from sb3_flow.common.samplers import VelocityField
+from sb3_flow.common.in_place import EulerIntegrator, Prepared
+from sb3_flow.common.samplers import SAMPLERS, VelocityField
 
 
 class TimestepEmbedding(nn.Module):
@@ -76,6 +77,7 @@ class FlowNetwork(nn.Module):
         assert isinstance(input_layer, nn.Linear)
         self.input_layer = input_layer
         self.layers = nn.Sequential(*layers)
+        self._prepared = Prepared()
 
     def forward_plain(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -134,6 +136,39 @@ class FlowNetwork(nn.Module):
             return to_velocity(output, x, min(max(t, earliest), latest), prediction_type)
 
         return field
+
+    def sample(
+        self,
+        features: th.Tensor,
+        noise: th.Tensor,
+        prediction_type: str,
+        n_flow_steps: int,
+        sampler: str = "euler",
+        sigma: float = 0.0,
+    ) -> th.Tensor:
+        """
+        Integrate from noise to actions.
+
+        :param features: (batch, features_dim)
+        :param noise: (batch, action_dim)
+        :param prediction_type: What this network predicts: "velocity", "noise" or "action"
+        :param n_flow_steps: Number of steps
+        :param sampler: One of ``SAMPLERS``
+        :param sigma: Standard deviation of the noise of one step, for the samplers that add one
+        :return: (batch, action_dim)
+        """
+        if sampler == "euler" and not th.is_grad_enabled() and len(self.layers) > 0:
+            with th.inference_mode():
+                integrator = self._prepared.get(EulerIntegrator, (self,), prediction_type, n_flow_steps)
+                actions = integrator(features, noise)
+            # An ordinary tensor again
+            return actions.clone(memory_format=th.contiguous_format)
+        field = self.velocity_field(features, prediction_type, n_flow_steps)
+        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma)
+
+    def train(self, mode: bool = True) -> "FlowNetwork":
+        self._prepared.clear()
+        return super().train(mode)
 
 
 def lecun_uniform_init(module: nn.Module) -> None:

@@ -1,3 +1,4 @@
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
+from sb3_flow.common.in_place import InPlaceMLP, Prepared
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.samplers import SAMPLERS
 
@@ -120,6 +122,7 @@ class FlowPolicy(ActorCriticPolicy):
         self.sampler_sigma = sampler_sigma
         self.action_perturbation_std = action_perturbation_std
         self.ema_decay: float | None = None
+        self._prepared = Prepared()
 
         super().__init__(
             observation_space,
@@ -237,16 +240,33 @@ class FlowPolicy(ActorCriticPolicy):
         :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
         """
         pi_features, vf_features = self._actor_and_critic_features(obs)
-        values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
+        values = self._values(vf_features)
         actions = self._sample(self.action_net, pi_features, deterministic)
         if self.action_perturbation_std > 0 and not deterministic:
             actions = actions + self.action_perturbation_std * th.randn_like(actions)
-        if not th.isfinite(actions).all():
+        # (one number tells)
+        if not math.isfinite(actions.sum()):
             obs_tensors = obs.values() if isinstance(obs, dict) else [obs]
             valid = all(bool(th.isfinite(tensor).all()) for tensor in obs_tensors)
             cause = "the weights of the policy are not finite, or too large" if valid else "NaN or inf in the observations"
             raise ValueError(f"The policy could not compute a finite action: {cause}")
         return actions.reshape((-1, *self.action_space.shape)), values, values.new_zeros(len(values))  # type: ignore[misc]
+
+    def _values(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: (batch, features_dim)
+        :return: estimated value, (batch, 1)
+        """
+        if th.is_grad_enabled() or type(self.mlp_extractor) is not MlpExtractor:
+            return self.value_net(self.mlp_extractor.forward_critic(features))
+        with th.inference_mode():
+            values = self._prepared.get(_value_mlp, (self.mlp_extractor.value_net, self.value_net))(features.t())
+        # An ordinary tensor again
+        return values.t().clone()
+
+    def train(self, mode: bool = True) -> "FlowPolicy":
+        self._prepared.clear()
+        return super().train(mode)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -269,8 +289,8 @@ class FlowPolicy(ActorCriticPolicy):
         """
         noise_shape = (len(features), action_net.action_dim)
         noise = features.new_zeros(noise_shape) if deterministic else th.randn(noise_shape, device=features.device)
-        field = action_net.velocity_field(features, self.prediction_type, self.n_flow_steps)
-        return SAMPLERS[self.sampler](field, noise, self.n_flow_steps, 0.0 if deterministic else self.sampler_sigma)
+        sigma = 0.0 if deterministic else self.sampler_sigma
+        return action_net.sample(features, noise, self.prediction_type, self.n_flow_steps, self.sampler, sigma)
 
     def evaluate_flow(
         self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor
@@ -319,6 +339,10 @@ class FlowPolicy(ActorCriticPolicy):
         action = super().unscale_action(np.tanh(self.action_scale * scaled_action))
         # Rounding may put an action just outside
         return np.clip(action, self.action_space.low, self.action_space.high)
+
+
+def _value_mlp(hidden: nn.Sequential, last: nn.Linear) -> InPlaceMLP:
+    return InPlaceMLP([*hidden, last])
 
 
 def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:

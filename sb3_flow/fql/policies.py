@@ -15,7 +15,6 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, TanhGELU, xavier_uniform_init
-from sb3_flow.common.samplers import SAMPLERS
 
 
 class OneStepActor(BasePolicy):
@@ -163,9 +162,8 @@ class BCFlow(BasePolicy):
         :return: action in [-1, 1], (batch, action_dim)
         """
         features = self.extract_features(obs, self.features_extractor)
-        field = self.network.velocity_field(features, "velocity", self.n_flow_steps)
         # Clipped at the end only
-        return SAMPLERS["euler"](field, noise, self.n_flow_steps, 0.0).clamp(-1, 1)
+        return self.network.sample(features, noise, "velocity", self.n_flow_steps).clamp_(-1, 1)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.sample(observation, _draw_noise(observation, self.action_dim, self.device, deterministic))
