@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
 from sb3_flow.common.in_place import InPlaceMLP, Prepared
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
+from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import SAMPLERS
 
 
@@ -175,7 +176,7 @@ class FlowPolicy(ActorCriticPolicy):
                 module.apply(lecun_uniform_init)
 
         # Setup optimizer with initial learning rate
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.optimizer = make_optimizer(self.optimizer_class, self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, TanhGELU, xavier_uniform_init
+from sb3_flow.common.optimizers import make_optimizer
 
 
 class OneStepActor(BasePolicy):
@@ -326,7 +327,7 @@ class FQLPolicy(BasePolicy):
         # No parameter is reached by the losses of two networks (but a shared features extractor): one optimizer on the sum
         # of the losses is one for each of them
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.optimizer = make_optimizer(self.optimizer_class, trained, lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

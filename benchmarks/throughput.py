@@ -1,0 +1,361 @@
+"""
+What a flow policy costs, against its Gaussian peers on the same machine: `python benchmarks/throughput.py`
+
+Each row is a ratio of two medians, of repeats that alternate between ours and the peer in one process, first with one torch
+thread, then with as many as torch takes by itself. Beside it, the limit: the time that the products of matrices which the
+mathematics needs would take at the rate this machine multiplies two matrices of 1024×1024.
+
+  forward   policy(obs) of FPO and of SB3's PPO, as it is called to collect a rollout
+  train     one epoch of train() on a rollout of 16 × 128 steps, FPO with 8 Monte-Carlo pairs, per transition
+  learn     learn() with 16 environments, per step
+  fql       one gradient step of FQL, and of SB3's SAC and TD3 at the same width, batch 256
+            (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX)
+
+The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from learning import provenance
+
+RESULTS = Path(__file__).parent / "results" / "throughput.json"
+SHAPES = {"HalfCheetah": (17, 6), "Humanoid": (348, 17)}
+#: Ratios that we hold ourselves to (of time, ours over the peer's)
+BARS = {
+    "forward HalfCheetah 4x32 16": 1.5,
+    "forward HalfCheetah 4x32 2048": 3.0,
+    "train HalfCheetah": 2.5,
+    "train Humanoid": 2.0,
+    "learn HalfCheetah-v5": 1.6,
+    "fql 4x512 official": 1 / 1.5,
+}
+NETS = {"4x32": [32] * 4, "2x256": [256] * 2, "4x512": [512] * 4}
+N_MC, N_FLOW_STEPS, BATCH = 8, 10, 256
+
+
+class Still(gym.Env):
+    """An environment that costs nothing."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (action_dim,), np.float32)
+        self.obs = np.zeros(obs_dim, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return self.obs, {}
+
+    def step(self, action):
+        return self.obs, 0.0, False, False, {}
+
+
+# --- Floating point operations of the products of matrices, for one observation
+
+
+def mlp(*sizes: int) -> int:
+    return sum(2 * n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
+
+
+def flow_flops(obs_dim: int, action_dim: int, net: list[int], n_points: int) -> int:
+    """A flow network at several points, with what the observation contributes computed once."""
+    return 2 * obs_dim * net[0] + n_points * (2 * action_dim * net[0] + mlp(*net, action_dim))
+
+
+# --- Cases: name -> function that returns (ours, peers, limit in FLOP, unit per call)
+
+
+def policies(obs_dim: int, action_dim: int, pi: list[int], vf: list[int], **kwargs) -> tuple[Any, Any]:
+    import torch as th
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from sb3_flow import FPO
+
+    policy_kwargs = dict(net_arch=dict(pi=pi, vf=vf), activation_fn=th.nn.SiLU)
+    kwargs = dict(n_steps=128, batch_size=BATCH, n_epochs=1, learning_rate=1e-6, device="cpu", seed=0) | kwargs
+    env = DummyVecEnv([lambda: Still(obs_dim, action_dim)] * 16)
+    return tuple(cls("MlpPolicy", env, policy_kwargs=policy_kwargs, **kwargs) for cls in (FPO, PPO))
+
+
+def forward(shape: str, net_name: str, n_obs: str) -> tuple[Callable, dict[str, Callable], float]:
+    import torch as th
+
+    (obs_dim, action_dim), net = SHAPES[shape], NETS[net_name]
+    obs = th.randn(int(n_obs), obs_dim)
+    n_calls = max(3, int(1000 / (1 + len(obs) * sum(net) / 2000)))
+
+    def call(policy) -> Callable:
+        def run() -> None:
+            with th.no_grad():
+                for _ in range(n_calls):
+                    policy(obs)
+
+        run.units = n_calls  # type: ignore[attr-defined]
+        return run
+
+    fpo, ppo = policies(obs_dim, action_dim, net, net)
+    for model in (fpo, ppo):
+        model.policy.set_training_mode(False)
+    flops = flow_flops(obs_dim, action_dim, net, N_FLOW_STEPS) + mlp(obs_dim, *net, 1)
+    return call(fpo.policy), {"PPO": call(ppo.policy)}, flops * len(obs)
+
+
+def train(shape: str) -> tuple[Callable, dict[str, Callable], float]:
+    obs_dim, action_dim = SHAPES[shape]
+    pi, vf = NETS["4x32"], NETS["2x256"]
+    rng = np.random.default_rng(0)
+
+    def call(model) -> Callable:
+        _, callback = model._setup_learn(10**9)
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+        for name in ("observations", "advantages", "returns"):
+            array = getattr(model.rollout_buffer, name)
+            array[:] = rng.standard_normal(array.shape)
+
+        def run() -> None:
+            model.train()
+
+        run.units = 16 * 128  # type: ignore[attr-defined]
+        return run
+
+    fpo, ppo = policies(obs_dim, action_dim, pi, vf)
+    # Forward and backward; the losses under the old policy once more forward, in this one epoch
+    flops = 4 * flow_flops(obs_dim, action_dim, pi, N_MC) + 3 * mlp(obs_dim, *vf, 1)
+    return call(fpo), {"PPO": call(ppo)}, flops
+
+
+def learn(env_id: str) -> tuple[Callable, dict[str, Callable], float]:
+    import torch as th
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from sb3_flow import FPO
+
+    pi, vf = NETS["4x32"], NETS["2x256"]
+
+    def call(cls) -> Callable:
+        policy_kwargs = dict(net_arch=dict(pi=pi, vf=vf), activation_fn=th.nn.SiLU)
+        env = make_vec_env(env_id, 16, seed=0)
+        model = cls("MlpPolicy", env, n_steps=128, batch_size=BATCH, device="cpu", seed=0, policy_kwargs=policy_kwargs)
+        model.learn(1)
+
+        def run() -> None:
+            model.learn(2 * 16 * 128, reset_num_timesteps=False)
+
+        run.units = 2 * 16 * 128  # type: ignore[attr-defined]
+        return run
+
+    env = gym.make(env_id)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]  # type: ignore[index]
+    collect = flow_flops(obs_dim, action_dim, pi, N_FLOW_STEPS) + mlp(obs_dim, *vf, 1)
+    update = (3 + 1 / 10) * flow_flops(obs_dim, action_dim, pi, N_MC) + 3 * mlp(obs_dim, *vf, 1)
+    return call(FPO), {"PPO": call(PPO)}, collect + 10 * update
+
+
+def fql(net_name: str) -> tuple[Callable, dict[str, Callable], float]:
+    from stable_baselines3 import SAC, TD3
+
+    from sb3_flow import FQL
+
+    obs_dim, action_dim, n, net = 28, 5, 20_000, NETS[net_name]
+    rng = np.random.default_rng(0)
+    data = dict(
+        observations=rng.standard_normal((n, obs_dim), np.float32),
+        next_observations=rng.standard_normal((n, obs_dim), np.float32),
+        actions=rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        rewards=rng.standard_normal(n, np.float32),
+        dones=np.zeros(n, np.float32),
+    )
+    n_updates = 4 if net_name == "4x512" else 20
+
+    def call(cls) -> Callable:
+        kwargs: dict = dict(batch_size=BATCH, device="cpu", seed=0, buffer_size=n, policy_kwargs=dict(net_arch=net))
+        model = cls("MlpPolicy", Still(obs_dim, action_dim), **kwargs, **(dict(dataset=data, alpha=300) if cls is FQL else {}))
+        if cls is not FQL:
+            buffer = model.replay_buffer
+            for name in ("observations", "next_observations", "actions", "rewards", "dones"):
+                array = getattr(buffer, name)
+                array[:] = data[name].reshape(array.shape)
+            buffer.full = True
+        _, _ = model._setup_learn(10**9)
+
+        def run() -> None:
+            model.train(gradient_steps=n_updates, batch_size=BATCH)
+
+        run.units = n_updates  # type: ignore[attr-defined]
+        return run
+
+    actor, flow = mlp(obs_dim + action_dim, *net, action_dim), flow_flops(obs_dim, action_dim, net, N_FLOW_STEPS)
+    critics = 2 * mlp(obs_dim + action_dim, *net, 1)
+    bc = mlp(obs_dim + action_dim + 1, *net, action_dim)
+    # Target; critics; flow; distillation; Q term, whose backward pass needs no gradient of the weights
+    flops = (actor + critics) + 3 * critics + 3 * bc + (3 * actor + flow) + 2 * critics
+    return call(FQL), {"SAC": call(SAC), "TD3": call(TD3)}, flops * BATCH
+
+
+CASES: dict[str, Callable] = {"forward": forward, "train": train, "learn": learn, "fql": fql}
+NAMES = [
+    *(f"forward {shape} {net} {n}" for shape in SHAPES for net in ("4x32", "2x256") for n in (1, 16, 256, 2048)),
+    *(f"train {shape}" for shape in SHAPES),
+    "learn HalfCheetah-v5",
+    "learn Humanoid-v5",
+    "fql 2x256",
+    "fql 4x512",
+]
+
+
+class Official:
+    """The authors' code in a process of its own, which answers each line with the seconds that its updates took."""
+
+    def __init__(self, path: Path, python: str, net: list[int], n_updates: int, threads: int):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(path)}
+        if threads == 1:
+            environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        worker = str(Path(__file__).parent / "official_fql.py")
+        # One thread of XLA is one core of the machine
+        prefix = ["taskset", "-c", "0"] if threads == 1 else []
+        command = [*prefix, python, worker, json.dumps(net), str(n_updates), str(BATCH)]
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.units = n_updates
+        self()
+
+    def __call__(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        if not self.process.stdout.readline():
+            raise RuntimeError("The authors' code stopped, see above")
+
+
+def seconds(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) / function.units  # type: ignore[attr-defined]
+
+
+def measure(name: str, threads: int, repeats: int, official: tuple[Path, str] | None) -> dict:
+    """Alternate between ours and the peers, in this process."""
+    import torch as th
+
+    if threads:
+        th.set_num_threads(threads)
+    kind, *arguments = name.split()
+    ours, peers, flops = CASES[kind](*arguments)
+    if kind == "fql" and official is not None:
+        peers["official"] = Official(*official, NETS[arguments[0]], ours.units, threads)
+    a, b = th.randn(1024, 1024), th.randn(1024, 1024)
+
+    def matmul() -> None:
+        a @ b
+
+    matmul.units = 1  # type: ignore[attr-defined]
+    functions = {"ours": ours, **peers, "matmul": matmul}
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {key: [] for key in functions}
+    for _ in range(repeats):
+        for key, function in functions.items():
+            times[key].append(seconds(function))
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    rate = 2 * 1024**3 / medians.pop("matmul")
+    return dict(
+        name=name,
+        threads=th.get_num_threads(),
+        repeats=repeats,
+        milliseconds={key: 1e3 * value for key, value in medians.items()},
+        ratios={key: medians["ours"] / value for key, value in medians.items() if key != "ours"},
+        limit_milliseconds=1e3 * flops / rate,
+        gflops_of_this_machine=rate / 1e9,
+        all_milliseconds={key: [1e3 * value for value in values] for key, values in times.items()},
+    )
+
+
+def peak_memory(name: str, side: str) -> float:
+    """Peak resident memory of one side, in MiB, in this process."""
+    import torch as th
+
+    th.set_num_threads(1)
+    kind, *arguments = name.split()
+    ours, peers, _ = CASES[kind](*arguments)
+    function = {"ours": ours, **peers}[side]
+    # What both sides took to be made is the same: the other side is not run
+    for _ in range(3):
+        function()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_table(rows: list[dict]) -> None:
+    print("\n| what | threads | ours, ms | peer | peer, ms | ours / peer | bar | limit, ms |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        for peer, ratio in row["ratios"].items():
+            bar = BARS.get(row["name"]) if peer == "PPO" else BARS.get(f"{row['name']} {peer}")
+            print(
+                f"| {row['name']} | {row['threads']} | {row['milliseconds']['ours']:.4g} | {peer} "
+                f"| {row['milliseconds'][peer]:.4g} | **{ratio:.2f}** | {'' if bar is None else f'{bar:.2f}'} "
+                f"| {row['limit_milliseconds']:.2g} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="CASE", help="; ".join(NAMES))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 0], help="torch threads (0: torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--official-fql", type=Path, help="a checkout of the FQL authors' code")
+    parser.add_argument("--official-python", default=sys.executable, help="an interpreter that it runs with")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    official = None if args.official_fql is None else (args.official_fql, args.official_python)
+    if args.child is not None:
+        what, name = args.child
+        result = measure(name, int(what), args.repeats, official) if what.isdigit() else peak_memory(name, what)
+        print("\n" + json.dumps(result))
+        return
+    if args.table_only:
+        print_table(json.loads(args.results.read_text())["rows"])
+        return
+
+    def child(what: str, name: str) -> Any:
+        command = [sys.executable, __file__, "--child", what, name, "--repeats", str(args.repeats)]
+        if official is not None:
+            command += ["--official-fql", str(official[0]), "--official-python", official[1]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if what == "1" or not what.isdigit() else None
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{name} failed, see above")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    rows = []
+    for name in args.only:
+        for threads in args.threads:
+            row = child(str(threads), name)
+            if threads == 1 and not name.startswith("forward"):
+                row["peak_memory_mib"] = {
+                    side: child(side, name) for side in ("ours", *row["ratios"]) if side != "official"
+                }  # fmt: skip
+            rows.append(row)
+            ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in row["ratios"].items())
+            print(f"{name}, {row['threads']} threads: {ratios}", flush=True)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(dict(rows=rows, **provenance()), indent=1) + "\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
