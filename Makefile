@@ -39,6 +39,10 @@ test: install
 test-slow: install
 	$(pytest) -m slow
 
+# Time against Gaussian peers, on an otherwise idle machine
+benchmark: install
+	$(BIN)/python benchmarks/throughput.py $(BENCHMARK)
+
 lint: install
 	$(BIN)/ruff check $(LINT_PATHS)
 	$(BIN)/black --check --quiet $(LINT_PATHS)
@@ -58,4 +62,4 @@ commit-checks: format type lint
 clean:
 	rm -rf $(VENV) docs/_build build *.egg-info
 
-.PHONY: install train test test-slow lint format type doc commit-checks clean
+.PHONY: install train test test-slow benchmark lint format type doc commit-checks clean

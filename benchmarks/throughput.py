@@ -11,14 +11,14 @@ mathematics needs would take at the rate this machine multiplies two matrices of
   fql       one gradient step of FQL, and of SB3's SAC and TD3 at the same width, batch 256
             (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX)
 
-The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json.
+The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json, and a plot
+of the ratios beside it.
 """
 
 import argparse
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -283,18 +283,26 @@ def measure(name: str, threads: int, repeats: int, official: tuple[Path, str] | 
     )
 
 
-def peak_memory(name: str, side: str) -> float:
-    """Peak resident memory of one side, in MiB, in this process."""
+def peak_memory(name: str, side: str) -> dict[str, float]:
+    """Peak resident memory while one side runs, in MiB, and what of it was not there before, in this process."""
     import torch as th
 
     th.set_num_threads(1)
     kind, *arguments = name.split()
     ours, peers, _ = CASES[kind](*arguments)
     function = {"ours": ours, **peers}[side]
-    # What both sides took to be made is the same: the other side is not run
+    before = resident("VmRSS")
+    # Linux: the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")
     for _ in range(3):
         function()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resident("VmHWM")
+    return dict(peak=peak, added=peak - before)
+
+
+def resident(name: str) -> float:
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) / 1024
 
 
 def print_table(rows: list[dict]) -> None:
@@ -308,6 +316,38 @@ def print_table(rows: list[dict]) -> None:
                 f"| {row['milliseconds'][peer]:.4g} | **{ratio:.2f}** | {'' if bar is None else f'{bar:.2f}'} "
                 f"| {row['limit_milliseconds']:.2g} |"
             )
+
+
+def command_line(args: argparse.Namespace) -> str:
+    official = "" if args.official_fql is None else " --official-fql PATH --official-python PYTHON"
+    return f"python benchmarks/throughput.py --repeats {args.repeats}{official}"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Ratios with one thread, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [
+        (f"{row['name']} / {peer}", ratio, BARS.get(row["name"] if peer == "PPO" else f"{row['name']} {peer}"))
+        for row in rows
+        if row["threads"] == 1
+        for peer, ratio in row["ratios"].items()
+    ]
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(bars) + 1), layout="constrained")
+    positions = range(len(bars))
+    axes.barh(positions, [ratio for _, ratio, _ in bars], color="tab:blue", height=0.6)
+    for position, (_, ratio, bar) in enumerate(bars):
+        axes.text(ratio, position, f" {ratio:.2f}", va="center", fontsize=7)
+        if bar is not None:
+            axes.plot([bar, bar], [position - 0.4, position + 0.4], color="tab:red")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(positions, [name for name, _, _ in bars], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("time, ours / peer, one thread (red: what we hold ourselves to)")
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -327,8 +367,11 @@ def main() -> None:
         result = measure(name, int(what), args.repeats, official) if what.isdigit() else peak_memory(name, what)
         print("\n" + json.dumps(result))
         return
+    figure = args.results.with_suffix(".png")
     if args.table_only:
-        print_table(json.loads(args.results.read_text())["rows"])
+        rows = json.loads(args.results.read_text())["rows"]
+        print_table(rows)
+        plot(rows, figure)
         return
 
     def child(what: str, name: str) -> Any:
@@ -353,8 +396,9 @@ def main() -> None:
             ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in row["ratios"].items())
             print(f"{name}, {row['threads']} threads: {ratios}", flush=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(dict(rows=rows, **provenance()), indent=1) + "\n")
+    args.results.write_text(json.dumps(dict(rows=rows, command=command_line(args), **provenance()), indent=1) + "\n")
     print_table(rows)
+    plot(rows, figure)
 
 
 if __name__ == "__main__":
