@@ -8,11 +8,11 @@ extras = {
     # dm_control 1.0.50 does not load on mujoco 4
     "mujoco": ["gymnasium[mujoco]", "mujoco>=3.17,<4"],
     "dmc": ["shimmy[dm-control]>=2.0.1,<3", "dm_control<=1.0.50", "mujoco>=3.17,<4"],
-    # rl-zoo3 needs pandas at the end of an optimisation, and plotly for its figures
-    "zoo": ["rl_zoo3>=2.9.0,<3", "pandas", "plotly", "tqdm", "rich"],
+    # rl-zoo3 needs pandas at the end of an optimisation, plotly for its figures, and moviepy and pygame for videos
+    "zoo": ["rl_zoo3>=2.9.0,<3", "pandas", "plotly", "tqdm", "rich", "moviepy", "pygame-ce"],
     "solvers": ["torchdiffeq"],
     "offline": ["ogbench>=1.2,<2", "minari[hdf5]>=0.5.4", "h5py", "pillow"],
-    "plots": ["matplotlib"],
+    "plots": ["matplotlib", "rl_zoo3[plots]>=2.9.0,<3"],
     "docs": ["sphinx>=7", "furo"],
     "tests": ["pytest", "pytest-xdist", "ruff", "black", "mypy", "tensorboard"],
 }

@@ -17,6 +17,9 @@ from stable_baselines3.common.monitor import load_results
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS
 
 import sb3_flow.zoo
@@ -229,6 +232,50 @@ def test_env_kwargs_and_gym_packages(monkeypatch, capsys):
     assert json.loads(Path("logs/fpo/MyEnv-v0_1/evaluation.json").read_text())["mean_return"] == 1000.0
     sb3_flow_main(monkeypatch, "enjoy", "--algo", "fpo", *mine, "--no-render", "-n", 200)
     assert "Episode Reward: 1000.00" in capsys.readouterr().out
+
+
+def test_optimize(monkeypatch, capsys):
+    """Two trials of each search space in a study of their own, the report, and a training with the best one."""
+    np.savez("data.npz", observations=np.zeros((50, 3)), next_observations=np.ones((50, 3)), rewards=np.zeros(50),
+             actions=np.zeros((50, 1)))  # fmt: skip
+    for algo, params in [("fpo", ["n_envs:2"]), ("fql", ["dataset:'data.npz'", "offline_steps:4", "buffer_size:100"])]:
+        study = ["--algo", algo, "--env", "Pendulum-v1", "--storage", "study.log", "--study-name", algo, "-n", 4]
+        options = ["--n-trials", 2, "--n-startup-trials", 2, "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots"]
+        sb3_flow_main(monkeypatch, "optimize", *study, *options, "-params", *params)
+        out = capsys.readouterr().out
+        assert "Number of finished trials:  2" in out and "Best trial" in out
+        (report,) = Path(f"logs/{algo}").glob("report_*.csv")
+        assert len(report.read_text().splitlines()) == 3
+        sb3_flow_main(monkeypatch, "train", *study, "--trial-id", 1, "--eval-freq", -1, "-params", *params)
+        model = sb3_flow.zoo.FLOW_ALGOS[algo].load(max(Path(f"logs/{algo}").glob("*/Pendulum-v1.zip")))
+        trial = optuna.load_study(study_name=algo, storage=JournalStorage(JournalFileBackend("study.log"))).trials[1]
+        assert model.gamma == pytest.approx(1 - trial.params["one_minus_gamma"])
+        assert model.batch_size == 2 ** trial.params["batch_size_pow"]
+        assert model.num_timesteps == (8 if algo == "fql" else model.n_steps * 2)
+        assert ALGOS[algo] is sb3_flow.zoo.FLOW_ALGOS[algo]
+
+
+def test_programs_of_rl_zoo3(monkeypatch, capsys):
+    """Videos, plots and the table of all trained agents."""
+    for package in ("moviepy", "pygame", "seaborn"):
+        pytest.importorskip(package, reason='needs pip install "sb3-flow[zoo,plots]"')
+    # Its programs are run as scripts and drawn without a screen
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    params = ["-params", "n_steps:64", "batch_size:64", "n_envs:1", "n_epochs:1"]
+    for _ in range(2):
+        sb3_flow_main(monkeypatch, *TRAIN[:5], "-n", 256, "--eval-freq", 128, "--eval-episodes", 1, *params)
+    sb3_flow_main(monkeypatch, "record-video", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 5)
+    (video,) = Path("logs/fpo/Pendulum-v1_2/videos").glob("*.mp4")
+    assert video.stat().st_size > 1000
+    sb3_flow_main(monkeypatch, "plot-train", "-a", "fpo", "-e", "Pendulum-v1", "-f", "logs")
+    sb3_flow_main(
+        monkeypatch, "all-plots", "-a", "fpo", "-e", "Pendulum-v1", "-f", "logs", "-o", "logs/res", "--no-display", "-min", 100
+    )
+    assert "|Pendulum-v1 |" in capsys.readouterr().out
+    sb3_flow_main(monkeypatch, "plot-from-file", "-i", "logs/res.pkl")
+    sb3_flow_main(monkeypatch, "benchmark", "-n", 200, "--num-threads", 1)
+    assert "|fpo |Pendulum-v1|" in Path("benchmark.md").read_text().replace("  ", " ")
 
 
 def test_own_conf_file(monkeypatch):

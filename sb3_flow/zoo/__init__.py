@@ -20,16 +20,21 @@ EVALUATED_WITH_NOISE = ("fql",)
 
 def register() -> None:
     """
-    Add the algorithms of this package to those of rl-zoo3. Can be called more than once.
+    Add the algorithms of this package, and their search spaces, to those of rl-zoo3. Can be called more than once.
 
     :raises ImportError: if rl-zoo3 is not installed
     """
     try:
         import rl_zoo3.import_envs  # noqa: F401 registers its environments
+        from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
         from rl_zoo3.utils import ALGOS
+
+        from sb3_flow.zoo.search_spaces import CONVERTERS, SAMPLERS
     except ImportError as error:
         raise ImportError('rl-zoo3 is not installed, it comes with: pip install "sb3-flow[zoo]"') from error
     ALGOS.update(FLOW_ALGOS)
+    HYPERPARAMS_SAMPLER.update(SAMPLERS)
+    HYPERPARAMS_CONVERTER.update(CONVERTERS)
 
 
 def default_conf_file(algo: str) -> str:

@@ -2,11 +2,14 @@
 
 import argparse
 import importlib
+import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -66,6 +69,16 @@ def train() -> None:
 def enjoy() -> None:
     """rl-zoo3's enjoy, looking into logs/ (where train writes) unless told otherwise."""
     from rl_zoo3.enjoy import enjoy as rl_zoo3_enjoy
+
+    _run_with_trained_agent(rl_zoo3_enjoy)
+
+
+def record_video() -> None:
+    """rl-zoo3's record_video: a video of a trained agent, in the folder of its run."""
+    _run_with_trained_agent(partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__"))
+
+
+def _run_with_trained_agent(program: Callable[[], Any]) -> None:
     from rl_zoo3.utils import ALGOS
 
     args = _base_parser(add_help=False).parse_known_args()[0]
@@ -78,9 +91,54 @@ def enjoy() -> None:
         loader = SimpleNamespace(load=partial(FLOW_ALGOS[args.algo].load, buffer_size=1))
         ALGOS[args.algo] = loader  # type: ignore[assignment]
     try:
-        rl_zoo3_enjoy()
+        program()
     finally:
         register()
+
+
+def optimize() -> None:
+    """rl-zoo3's train with --optimize-hyperparameters: a search with Optuna."""
+    _add_defaults("--optimize-hyperparameters")
+    train()
+
+
+def plot_train() -> None:
+    """rl-zoo3's plot_train: training curves, from the Monitor logs."""
+    from rl_zoo3.plots import plot_train as program
+
+    program()
+
+
+def plot_from_file() -> None:
+    """rl-zoo3's plot_from_file: comparisons, from the output of all-plots."""
+    from rl_zoo3.plots import plot_from_file as program
+
+    program()
+
+
+def all_plots() -> None:
+    """rl-zoo3's all_plots: evaluations of several algorithms and environments, and their table."""
+    from rl_zoo3.plots import all_plots as program
+
+    program()
+
+
+def benchmark() -> None:
+    """rl-zoo3's benchmark: evaluate all trained agents of a log folder."""
+    _add_defaults("--log-dir", "logs", "--no-hub")
+    call = subprocess.call
+
+    def call_enjoy(command: list[str], *args, **kwargs) -> int:
+        # It looks for enjoy.py in the working directory
+        if command[:2] == ["python", "enjoy.py"]:
+            command = [sys.executable, "-m", "sb3_flow.zoo", "enjoy", *command[2:]]
+        return call(command, *args, **kwargs)
+
+    subprocess.call = call_enjoy  # type: ignore[assignment]
+    try:
+        runpy.run_module("rl_zoo3.benchmark", run_name="__main__")
+    finally:
+        subprocess.call = call
 
 
 def evaluate() -> None:
@@ -161,7 +219,18 @@ def _check_env(env_id: str, gym_packages: Sequence[str] = ()) -> None:
         sys.exit(f"sb3-flow: error: argument --env: {error}")
 
 
-COMMANDS: dict[str, Callable[[], None]] = {"train": train, "enjoy": enjoy, "evaluate": evaluate, "datasets": datasets}
+COMMANDS: dict[str, Callable[[], None]] = {
+    "train": train,
+    "optimize": optimize,
+    "enjoy": enjoy,
+    "evaluate": evaluate,
+    "record-video": record_video,
+    "plot-train": plot_train,
+    "plot-from-file": plot_from_file,
+    "all-plots": all_plots,
+    "benchmark": benchmark,
+    "datasets": datasets,
+}
 
 
 def main() -> None:
@@ -170,7 +239,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in {"-h", "--help"}:
         print(usage)
         for name, function in COMMANDS.items():
-            print(f"  {name:10} {function.__doc__}")
+            print(f"  {name:14} {function.__doc__}")
         print("\nsb3-flow COMMAND --help lists the options of a command.")
         return
     command = sys.argv.pop(1)
@@ -180,4 +249,5 @@ def main() -> None:
         register()
         COMMANDS[command]()
     except (ImportError, FileNotFoundError) as error:
-        sys.exit(f"sb3-flow: error: {error}")
+        hint = ' (it may come with: pip install "sb3-flow[zoo,plots]")' if isinstance(error, ModuleNotFoundError) else ""
+        sys.exit(f"sb3-flow: error: {error}{hint}")

@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -107,6 +109,10 @@ def _is_pickle(path: Path) -> bool:
     return True
 
 
+def _learn_both_phases(learn: Callable, offline_steps: int, total_timesteps: int, **kwargs) -> BaseAlgorithm:
+    return learn(total_timesteps - offline_steps, **kwargs)
+
+
 class FlowExperimentManager(ExperimentManager):
     """
     rl-zoo3's ``ExperimentManager``, whose checkpoints hold all that is needed to go on from them.
@@ -197,6 +203,27 @@ class FlowExperimentManager(ExperimentManager):
                 callback.evaluations_results.append(results.tolist())
                 callback.evaluations_length.append(lengths.tolist())
                 callback.best_mean_reward = max(callback.best_mean_reward, float(results.mean()))
+
+    def hyperparameters_optimization(self) -> None:
+        """A trial learns offline first, as a training does, and is evaluated and pruned along the way of both phases."""
+        offline_steps = self._hyperparams.get("offline_steps", 0)
+        if offline_steps == 0:
+            super().hyperparameters_optimization()
+            return
+        algorithm = ALGOS[self.algo]
+
+        def create(**kwargs) -> BaseAlgorithm:
+            model = algorithm(**kwargs)
+            # rl-zoo3 has one number of timesteps, that of both phases
+            model.learn = partial(_learn_both_phases, model.learn, offline_steps)  # type: ignore[method-assign]
+            return model
+
+        self.n_timesteps += offline_steps
+        ALGOS[self.algo] = create  # type: ignore[assignment]
+        try:
+            super().hyperparameters_optimization()
+        finally:
+            ALGOS[self.algo] = algorithm
 
     def learn(self, model: BaseAlgorithm) -> None:
         if self.resumed_timesteps:

@@ -1,0 +1,115 @@
+"""
+Optuna's search spaces of FPO and FQL, in the form that rl-zoo3 has for its own algorithms: a sampler, which suggests
+parameters, and a converter, which makes hyperparameters of those of a finished trial.
+"""
+
+from typing import Any
+
+import optuna
+
+NET_ARCHS: dict[str, dict[str, Any]] = {
+    "fpo": {
+        "tiny": dict(pi=[32] * 4, vf=[64] * 2),
+        "small": dict(pi=[32] * 4, vf=[256] * 2),
+        "medium": dict(pi=[64] * 3, vf=[256] * 2),
+        "large": dict(pi=[256] * 2, vf=[256] * 3),
+    },
+    "fql": {"small": [128] * 3, "medium": [256] * 3, "large": [512] * 4},
+}
+
+
+def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for FPO hyperparams.
+
+    :param trial: Trial
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of environments
+    :param additional_args: What samplers of rl-zoo3 get, not used
+    :return: hyperparameters
+    """
+    n_steps_pow = trial.suggest_int("n_steps_pow", 5, 10)
+    # A power of two up to the size of the rollout divides it
+    rollout_pow = n_steps_pow + (n_envs & -n_envs).bit_length() - 1
+    params = {
+        "n_steps_pow": n_steps_pow,
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 4, min(rollout_pow, 12)),
+        "n_epochs": trial.suggest_categorical("n_epochs", [5, 10, 16, 20]),
+        "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
+        # Larger ones than PPO's collapse
+        "clip_range": trial.suggest_float("clip_range", 0.01, 0.2, log=True),
+        "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
+        "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
+        "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
+        "trust_region": trial.suggest_categorical("trust_region", ["ppo", "spo", "aspo"]),
+        "supervision": trial.suggest_categorical("supervision", ["noise", "velocity"]),
+        "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
+        "action_scale": trial.suggest_float("action_scale", 0.1, 1, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fpo"])),
+    }
+    hyperparams = convert_fpo_params(params)
+    for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
+        # Display true values
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
+
+
+def convert_fpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: Parameters of a trial of :func:`sample_fpo_params`
+    :return: hyperparameters
+    """
+    hyperparams = sampled_params.copy()
+    for name in ("gamma", "gae_lambda"):
+        hyperparams[name] = 1 - hyperparams.pop(f"one_minus_{name}")
+    for name in ("n_steps", "batch_size"):
+        hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
+    policy_kwargs = {name: hyperparams.pop(name) for name in ("n_flow_steps", "action_scale")}
+    policy_kwargs["net_arch"] = NET_ARCHS["fpo"][hyperparams.pop("net_arch")]
+    return {"policy_kwargs": policy_kwargs, **hyperparams}
+
+
+def sample_fql_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for FQL hyperparams. ``alpha`` is that of a normalized Q term, for which the authors recommend this range.
+
+    :param trial: Trial
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of environments
+    :param additional_args: What samplers of rl-zoo3 get, not used
+    :return: hyperparameters
+    """
+    params = {
+        "alpha": trial.suggest_float("alpha", 0.03, 10, log=True),
+        "q_agg": trial.suggest_categorical("q_agg", ["mean", "min"]),
+        "learning_rate": trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True),
+        "tau": trial.suggest_float("tau", 0.002, 0.05, log=True),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 10),
+        "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fql"])),
+    }
+    hyperparams = convert_fql_params(params)
+    for name in ("batch_size", "gamma"):
+        # Display true values
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
+
+
+def convert_fql_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: Parameters of a trial of :func:`sample_fql_params`
+    :return: hyperparameters
+    """
+    hyperparams = sampled_params.copy()
+    hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
+    hyperparams["batch_size"] = 2 ** hyperparams.pop("batch_size_pow")
+    net_arch = NET_ARCHS["fql"][hyperparams.pop("net_arch")]
+    policy_kwargs = {"n_flow_steps": hyperparams.pop("n_flow_steps"), "net_arch": net_arch}
+    return {"policy_kwargs": policy_kwargs, "normalize_q_loss": True, **hyperparams}
+
+
+SAMPLERS = {"fpo": sample_fpo_params, "fql": sample_fql_params}
+CONVERTERS = {"fpo": convert_fpo_params, "fql": convert_fql_params}
