@@ -273,7 +273,6 @@ def test_programs_of_rl_zoo3(monkeypatch, capsys):
         monkeypatch, "all-plots", "-a", "fpo", "-e", "Pendulum-v1", "-f", "logs", "-o", "logs/res", "--no-display", "-min", 100
     )
     assert "|Pendulum-v1 |" in capsys.readouterr().out
-    sb3_flow_main(monkeypatch, "plot-from-file", "-i", "logs/res.pkl")
     sb3_flow_main(monkeypatch, "benchmark", "-n", 200, "--num-threads", 1)
     assert "|fpo |Pendulum-v1|" in Path("benchmark.md").read_text().replace("  ", " ")
 
