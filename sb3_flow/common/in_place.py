@@ -124,16 +124,18 @@ class EulerIntegrator:
         activation, *hidden, last = network.layers
         assert isinstance(last, nn.Linear)
         weight, first_action = network.input_layer.weight, network.features_dim
-        self.weight_features, self.weight_x, weight_times = (
+        self.weight_features, weight_x, weight_times = (
             part.contiguous() for part in weight.tensor_split([first_action, first_action + network.action_dim], dim=1)
         )
         shift = weight.new_tensor(shifts)
         # What the first layer gets besides features and y
         embedding = network.timestep_embedding(weight.new_tensor(times))
-        biases = network.input_layer.bias + embedding @ weight_times.t() + th.outer(shift[:-1], self.weight_x @ last.bias)
+        biases = network.input_layer.bias + embedding @ weight_times.t() + th.outer(shift[:-1], weight_x @ last.bias)
         self.activation, self.layers = in_place(activation), InPlaceMLP(hidden)
+        # Behind the weights of y, as if a number of it were always one
         self.steps = [
-            (bias.unsqueeze(1), alpha * last.weight, beta) for bias, (alpha, beta) in zip(biases, scales, strict=True)
+            (th.cat([weight_x, bias.unsqueeze(1)], dim=1), alpha * last.weight, beta)
+            for bias, (alpha, beta) in zip(biases, scales, strict=True)
         ]
         self.last_shift = (shift[-1] * last.bias).unsqueeze(1)
 
@@ -143,11 +145,13 @@ class EulerIntegrator:
         :param noise: (batch, action_dim)
         :return: (batch, action_dim)
         """
-        activation, weight_x, addmm = self.activation, self.weight_x, th.addmm
-        layers = self.layers.with_buffers(len(features))
-        y, from_features = noise.t().clone(memory_format=th.contiguous_format), self.weight_features @ features.t()
-        for step_bias, last_weight, beta in self.steps:
-            h = activation((from_features + step_bias).addmm_(weight_x, y))
+        activation, addmm, layers = self.activation, th.addmm, self.layers.with_buffers(len(features))
+        from_features = self.weight_features @ features.t()
+        first = th.empty_like(from_features)
+        y_and_one = features.new_ones(noise.shape[1] + 1, len(noise))
+        y = y_and_one[:-1].copy_(noise.t())
+        for first_weight, last_weight, beta in self.steps:
+            h = activation(addmm(from_features, first_weight, y_and_one, out=first))
             for bias, weight, buffer, following in layers:
                 h = following(addmm(bias, weight, h, out=buffer))
             if beta != 1.0:
