@@ -77,7 +77,7 @@ def flow_flops(obs_dim: int, action_dim: int, net: list[int], n_points: int) -> 
 # --- Cases: name -> function that returns (ours, peers, limit in FLOP, unit per call)
 
 
-def policies(obs_dim: int, action_dim: int, pi: list[int], vf: list[int], **kwargs) -> tuple[Any, Any]:
+def policies(obs_dim: int, action_dim: int, pi: list[int], vf: list[int]) -> tuple[Any, Any]:
     import torch as th
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import DummyVecEnv
@@ -85,9 +85,10 @@ def policies(obs_dim: int, action_dim: int, pi: list[int], vf: list[int], **kwar
     from sb3_flow import FPO
 
     policy_kwargs = dict(net_arch=dict(pi=pi, vf=vf), activation_fn=th.nn.SiLU)
-    kwargs = dict(n_steps=128, batch_size=BATCH, n_epochs=1, learning_rate=1e-6, device="cpu", seed=0) | kwargs
+    settings: dict[str, Any] = dict(n_steps=128, batch_size=BATCH, n_epochs=1, learning_rate=1e-6, device="cpu", seed=0)
     env = DummyVecEnv([lambda: Still(obs_dim, action_dim)] * 16)
-    return tuple(cls("MlpPolicy", env, policy_kwargs=policy_kwargs, **kwargs) for cls in (FPO, PPO))
+    fpo, ppo = (cls("MlpPolicy", env, policy_kwargs=policy_kwargs, **settings) for cls in (FPO, PPO))
+    return fpo, ppo
 
 
 def forward(shape: str, net_name: str, n_obs: str) -> tuple[Callable, dict[str, Callable], float]:
