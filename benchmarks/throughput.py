@@ -321,7 +321,9 @@ def print_table(rows: list[dict]) -> None:
 
 def command_line(args: argparse.Namespace) -> str:
     official = "" if args.official_fql is None else " --official-fql PATH --official-python PYTHON"
-    return f"python benchmarks/throughput.py --repeats {args.repeats}{official}"
+    only = "" if args.only == NAMES else " --only " + " ".join(map(repr, args.only))
+    threads = " ".join(map(str, args.threads))
+    return f"python benchmarks/throughput.py --threads {threads} --repeats {args.repeats}{official}{only}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -346,6 +348,7 @@ def plot(rows: list[dict], path: Path) -> None:
             axes.plot([bar, bar], [position - 0.4, position + 0.4], color="tab:red")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(positions, [name for name, _, _ in bars], fontsize=7)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set_xlabel("time, ours / peer, one thread (red: what we hold ourselves to)")
     figure.savefig(path, dpi=150)
