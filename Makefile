@@ -31,7 +31,8 @@ train: install
 		--device $(DEVICE) --progress $(if $(RESUME),--resume)
 	$(BIN)/sb3-flow evaluate --algo $(ALGO) --env $(ENV) --folder $(LOGS)
 
-pytest = $(BIN)/python -m pytest -n 2 --dist loadfile
+# One thread for each of the two workers: more wait for each other
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: install
 	$(pytest) -m "not slow"
