@@ -91,21 +91,30 @@ def policies(obs_dim: int, action_dim: int, pi: list[int], vf: list[int]) -> tup
     return fpo, ppo
 
 
-def forward(shape: str, net_name: str, n_obs: str) -> tuple[Callable, dict[str, Callable], float]:
+class Timed:
+    """What is timed, and how many units of it one call is."""
+
+    def __init__(self, function: Callable[[], Any], units: int):
+        self.function, self.units = function, units
+
+    def __call__(self) -> None:
+        self.function()
+
+
+def forward(shape: str, net_name: str, n_obs: str) -> tuple[Timed, dict[str, Any], float]:
     import torch as th
 
     (obs_dim, action_dim), net = SHAPES[shape], NETS[net_name]
     obs = th.randn(int(n_obs), obs_dim)
     n_calls = max(3, int(1000 / (1 + len(obs) * sum(net) / 2000)))
 
-    def call(policy) -> Callable:
+    def call(policy) -> Timed:
         def run() -> None:
             with th.no_grad():
                 for _ in range(n_calls):
                     policy(obs)
 
-        run.units = n_calls  # type: ignore[attr-defined]
-        return run
+        return Timed(run, n_calls)
 
     fpo, ppo = policies(obs_dim, action_dim, net, net)
     for model in (fpo, ppo):
@@ -114,12 +123,12 @@ def forward(shape: str, net_name: str, n_obs: str) -> tuple[Callable, dict[str, 
     return call(fpo.policy), {"PPO": call(ppo.policy)}, flops * len(obs)
 
 
-def train(shape: str) -> tuple[Callable, dict[str, Callable], float]:
+def train(shape: str) -> tuple[Timed, dict[str, Any], float]:
     obs_dim, action_dim = SHAPES[shape]
     pi, vf = NETS["4x32"], NETS["2x256"]
     rng = np.random.default_rng(0)
 
-    def call(model) -> Callable:
+    def call(model) -> Timed:
         _, callback = model._setup_learn(10**9)
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
         for name in ("observations", "advantages", "returns"):
@@ -129,8 +138,7 @@ def train(shape: str) -> tuple[Callable, dict[str, Callable], float]:
         def run() -> None:
             model.train()
 
-        run.units = 16 * 128  # type: ignore[attr-defined]
-        return run
+        return Timed(run, 16 * 128)
 
     fpo, ppo = policies(obs_dim, action_dim, pi, vf)
     # Forward and backward; the losses under the old policy once more forward, in this one epoch
@@ -138,7 +146,7 @@ def train(shape: str) -> tuple[Callable, dict[str, Callable], float]:
     return call(fpo), {"PPO": call(ppo)}, flops
 
 
-def learn(env_id: str) -> tuple[Callable, dict[str, Callable], float]:
+def learn(env_id: str) -> tuple[Timed, dict[str, Any], float]:
     import torch as th
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -147,7 +155,7 @@ def learn(env_id: str) -> tuple[Callable, dict[str, Callable], float]:
 
     pi, vf = NETS["4x32"], NETS["2x256"]
 
-    def call(cls) -> Callable:
+    def call(cls) -> Timed:
         policy_kwargs = dict(net_arch=dict(pi=pi, vf=vf), activation_fn=th.nn.SiLU)
         env = make_vec_env(env_id, 16, seed=0)
         model = cls("MlpPolicy", env, n_steps=128, batch_size=BATCH, device="cpu", seed=0, policy_kwargs=policy_kwargs)
@@ -156,17 +164,16 @@ def learn(env_id: str) -> tuple[Callable, dict[str, Callable], float]:
         def run() -> None:
             model.learn(2 * 16 * 128, reset_num_timesteps=False)
 
-        run.units = 2 * 16 * 128  # type: ignore[attr-defined]
-        return run
+        return Timed(run, 2 * 16 * 128)
 
     env = gym.make(env_id)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]  # type: ignore[index]
+    obs_dim, action_dim = spaces.flatdim(env.observation_space), spaces.flatdim(env.action_space)
     collect = flow_flops(obs_dim, action_dim, pi, N_FLOW_STEPS) + mlp(obs_dim, *vf, 1)
     update = (3 + 1 / 10) * flow_flops(obs_dim, action_dim, pi, N_MC) + 3 * mlp(obs_dim, *vf, 1)
     return call(FPO), {"PPO": call(PPO)}, collect + 10 * update
 
 
-def fql(net_name: str) -> tuple[Callable, dict[str, Callable], float]:
+def fql(net_name: str) -> tuple[Timed, dict[str, Any], float]:
     from stable_baselines3 import SAC, TD3
 
     from sb3_flow import FQL
@@ -182,7 +189,7 @@ def fql(net_name: str) -> tuple[Callable, dict[str, Callable], float]:
     )
     n_updates = 4 if net_name == "4x512" else 20
 
-    def call(cls) -> Callable:
+    def call(cls) -> Timed:
         kwargs: dict = dict(batch_size=BATCH, device="cpu", seed=0, buffer_size=n, policy_kwargs=dict(net_arch=net))
         model = cls("MlpPolicy", Still(obs_dim, action_dim), **kwargs, **(dict(dataset=data, alpha=300) if cls is FQL else {}))
         if cls is not FQL:
@@ -196,8 +203,7 @@ def fql(net_name: str) -> tuple[Callable, dict[str, Callable], float]:
         def run() -> None:
             model.train(gradient_steps=n_updates, batch_size=BATCH)
 
-        run.units = n_updates  # type: ignore[attr-defined]
-        return run
+        return Timed(run, n_updates)
 
     actor, flow = mlp(obs_dim + action_dim, *net, action_dim), flow_flops(obs_dim, action_dim, net, N_FLOW_STEPS)
     critics = 2 * mlp(obs_dim + action_dim, *net, 1)
@@ -241,10 +247,10 @@ class Official:
             raise RuntimeError("The authors' code stopped, see above")
 
 
-def seconds(function: Callable) -> float:
+def seconds(function: Any) -> float:
     start = time.perf_counter()
     function()
-    return (time.perf_counter() - start) / function.units  # type: ignore[attr-defined]
+    return (time.perf_counter() - start) / function.units
 
 
 def measure(name: str, threads: int, repeats: int, official: tuple[Path, str] | None) -> dict:
@@ -259,11 +265,7 @@ def measure(name: str, threads: int, repeats: int, official: tuple[Path, str] | 
         peers["official"] = Official(*official, NETS[arguments[0]], ours.units, threads)
     a, b = th.randn(1024, 1024), th.randn(1024, 1024)
 
-    def matmul() -> None:
-        a @ b
-
-    matmul.units = 1  # type: ignore[attr-defined]
-    functions = {"ours": ours, **peers, "matmul": matmul}
+    functions = {"ours": ours, **peers, "matmul": Timed(lambda: a @ b, 1)}
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {key: [] for key in functions}
