@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -291,7 +292,11 @@ def checkpoint_steps(run):
 
 def start_training(*args):
     return subprocess.Popen(
-        [sys.executable, "-m", "sb3_flow.zoo", *TRAIN, *map(str, args)], stdout=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", "sb3_flow.zoo", *TRAIN, *map(str, args)],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        # Ctrl-C is ignored by what a shell runs in the background, these tests too, and by its children
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
