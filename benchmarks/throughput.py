@@ -9,7 +9,8 @@ mathematics needs would take at the rate this machine multiplies two matrices of
   train     one epoch of train() on a rollout of 16 × 128 steps, FPO with 8 Monte-Carlo pairs, per transition
   learn     learn() with 16 environments, per step
   fql       one gradient step of FQL, and of SB3's SAC and TD3 at the same width, batch 256
-            (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX)
+            (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX);
+            "medium" is with products of bfloat16, for all of them
 
 The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json, and a plot
 of the ratios beside it.
@@ -173,11 +174,13 @@ def learn(env_id: str) -> tuple[Timed, dict[str, Any], float]:
     return call(FPO), {"PPO": call(PPO)}, collect + 10 * update
 
 
-def fql(net_name: str) -> tuple[Timed, dict[str, Any], float]:
+def fql(net_name: str, precision: str = "highest") -> tuple[Timed, dict[str, Any], float]:
+    import torch as th
     from stable_baselines3 import SAC, TD3
 
     from sb3_flow import FQL
 
+    th.set_float32_matmul_precision(precision)
     obs_dim, action_dim, n, net = 28, 5, 20_000, NETS[net_name]
     rng = np.random.default_rng(0)
     data = dict(
@@ -221,14 +224,18 @@ NAMES = [
     "learn Humanoid-v5",
     "fql 2x256",
     "fql 4x512",
+    "fql 4x512 medium",
 ]
+#: What PyTorch calls "medium" (th.set_float32_matmul_precision), JAX calls by its name
+JAX_PRECISIONS = {"highest": "float32", "medium": "bfloat16"}
 
 
 class Official:
     """The authors' code in a process of its own, which answers each line with the seconds that its updates took."""
 
-    def __init__(self, path: Path, python: str, net: list[int], n_updates: int, threads: int):
+    def __init__(self, path: Path, python: str, net: list[int], precision: str, n_updates: int, threads: int):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(path)}
+        environment["JAX_DEFAULT_MATMUL_PRECISION"] = JAX_PRECISIONS[precision]
         if threads == 1:
             environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         worker = str(Path(__file__).parent / "official_fql.py")
@@ -262,7 +269,8 @@ def measure(name: str, threads: int, repeats: int, official: tuple[Path, str] | 
     kind, *arguments = name.split()
     ours, peers, flops = CASES[kind](*arguments)
     if kind == "fql" and official is not None:
-        peers["official"] = Official(*official, NETS[arguments[0]], ours.units, threads)
+        net_name, precision = [*arguments, "highest"][:2]
+        peers["official"] = Official(*official, NETS[net_name], precision, ours.units, threads)
     a, b = th.randn(1024, 1024), th.randn(1024, 1024)
 
     functions = {"ours": ours, **peers, "matmul": Timed(lambda: a @ b, 1)}

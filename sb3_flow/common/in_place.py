@@ -4,34 +4,34 @@ computes. The plain twin of the integration is the sampler "euler" with ``FlowNe
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch as th
 from torch import nn
 
+from sb3_flow.common.activations import TanhGELU, tanh_gelu_
 from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
 
 if TYPE_CHECKING:
     from sb3_flow.common.networks import FlowNetwork
 
 Activation = Callable[[th.Tensor], th.Tensor]
-# Activation functions that write their result over their argument. Others are called as they are.
 IN_PLACE: dict[type[nn.Module], Activation] = {
     nn.SiLU: lambda x: nn.functional.silu(x, True),
     nn.ReLU: th.relu_,
     nn.Tanh: th.tanh_,
+    nn.Identity: lambda x: x,
+    TanhGELU: tanh_gelu_,
 }
 
 
 def in_place(activation: nn.Module) -> Activation:
     """
     :param activation: Activation function
-    :return: the same function, which may write its result over its argument
+    :return: the same function, which writes its result over its argument
     """
-    if isinstance(activation, nn.GELU):
-        return partial(th.ops.aten.gelu_, approximate=activation.approximate)
-    return IN_PLACE.get(type(activation), activation)
+    return IN_PLACE.get(type(activation), lambda x: x.copy_(activation(x)))
 
 
 class Prepared:
@@ -73,46 +73,49 @@ class Prepared:
 class InPlaceMLP:
     """
     An MLP as it is: it does not follow its weights. A column of its input, and of its output, is one of the batch: products
-    with few outputs, as those of actions, are faster this way.
+    with few outputs, as those of actions, are faster this way. And so are biases that are a column of the weights, of inputs
+    that are always one: behind the outputs of each layer there is a row of ones. The first layer is given in the call.
 
-    :param modules: Linear, activation function, Linear, ...
+    :param modules: Activation function (of the first layer), Linear, activation function, ...
     """
 
-    def __init__(self, modules: Iterable[Any]):
+    def __init__(self, modules: Iterable[nn.Module]):
         modules = list(modules)
-        if len(modules) % 2 == 1:
-            modules.append(nn.Identity())
-        self.layers = [
-            (linear.bias.unsqueeze(1), linear.weight, in_place(activation))
-            for linear, activation in zip(modules[::2], modules[1::2], strict=True)
-        ]
-        self._buffers: list[th.Tensor] = []
+        self.activations = [in_place(activation) for activation in modules[::2]]
+        self.weights = [weight_and_bias(cast(nn.Linear, linear)) for linear in modules[1::2]]
+        self._outputs: list[th.Tensor] = []
 
-    def with_buffers(self, batch_size: int) -> list[tuple[th.Tensor, th.Tensor, th.Tensor, Activation]]:
+    def __call__(self, bias: th.Tensor, weight: th.Tensor, x: th.Tensor) -> th.Tensor:
         """
-        :param batch_size: Number of inputs
-        :return: bias, weight, memory for the output (the same in every call) and activation of each layer
-        """
-        if not self._buffers or self._buffers[0].shape[1] != batch_size:
-            self._buffers = [weight.new_empty(len(weight), batch_size) for _, weight, _ in self.layers]
-        return [(*layer[:2], buffer, layer[2]) for layer, buffer in zip(self.layers, self._buffers, strict=True)]
-
-    def __call__(self, x: th.Tensor) -> th.Tensor:
-        """
+        :param bias: Bias of the first layer, (outputs, batch) or (outputs, 1)
+        :param weight: Its weights, (outputs, inputs)
         :param x: (inputs, batch)
-        :return: (outputs, batch), overwritten by the next call
+        :return: (outputs + 1, batch), overwritten by the next call
         """
-        for bias, weight, buffer, activation in self.with_buffers(x.shape[1]):
-            x = activation(th.addmm(bias, weight, x, out=buffer))
-        return x
+        if not self._outputs or self._outputs[0].shape[1] != x.shape[1]:
+            self._outputs = [x.new_ones(len(w) + 1, x.shape[1]) for w in (weight, *self.weights)]
+            self._without_ones = [output[:-1] for output in self._outputs]
+        th.addmm(bias, weight, x, out=self._without_ones[0])
+        self.activations[0](self._without_ones[0])
+        for layer, (weight, activation) in enumerate(zip(self.weights, self.activations[1:], strict=True)):
+            activation(th.mm(weight, self._outputs[layer], out=self._without_ones[layer + 1]))
+        return self._outputs[-1]
+
+
+def weight_and_bias(linear: nn.Linear) -> th.Tensor:
+    """
+    :param linear: Linear layer
+    :return: its weights with its bias as the last column, (outputs, inputs + 1)
+    """
+    return th.cat([linear.weight, linear.bias.unsqueeze(1)], dim=1)
 
 
 class EulerIntegrator:
     """
     Euler's method from noise to actions for a flow network, as it is: it does not follow its weights.
 
-    The velocity is affine in x and in the output of the last layer, W h + b. So a step is x <- beta x + alpha (W h + b),
-    one product, and what the biases b add up to is known beforehand: x = y + shift b, with y <- beta y + alpha W h.
+    The velocity is affine in x and in the output of the network: a step is x <- beta x + alpha output, and the last layer
+    adds its output to x by itself.
 
     :param network: The flow network, with at least one hidden layer
     :param prediction_type: What it predicts: "velocity", "noise" or "action"
@@ -120,24 +123,20 @@ class EulerIntegrator:
     """
 
     def __init__(self, network: "FlowNetwork", prediction_type: str, n_flow_steps: int):
-        times, scales, shifts = euler_coefficients(prediction_type, n_flow_steps, network.output_scale)
-        activation, *hidden, last = network.layers
+        times, scales = euler_coefficients(prediction_type, n_flow_steps, network.output_scale)
+        *hidden, last = network.layers
         assert isinstance(last, nn.Linear)
         weight, first_action = network.input_layer.weight, network.features_dim
         self.weight_features, weight_x, weight_times = (
             part.contiguous() for part in weight.tensor_split([first_action, first_action + network.action_dim], dim=1)
         )
-        shift = weight.new_tensor(shifts)
-        # What the first layer gets besides features and y
-        embedding = network.timestep_embedding(weight.new_tensor(times))
-        biases = network.input_layer.bias + embedding @ weight_times.t() + th.outer(shift[:-1], weight_x @ last.bias)
-        self.activation, self.layers = in_place(activation), InPlaceMLP(hidden)
-        # Behind the weights of y, as if a number of it were always one
+        # What the first layer gets besides features and x, behind the weights of x
+        biases = network.input_layer.bias + network.timestep_embedding(weight.new_tensor(times)) @ weight_times.t()
+        self.hidden_layers = InPlaceMLP(hidden)
         self.steps = [
-            (th.cat([weight_x, bias.unsqueeze(1)], dim=1), alpha * last.weight, beta)
+            (th.cat([weight_x, bias.unsqueeze(1)], dim=1), alpha * weight_and_bias(last), beta)
             for bias, (alpha, beta) in zip(biases, scales, strict=True)
         ]
-        self.last_shift = (shift[-1] * last.bias).unsqueeze(1)
 
     def __call__(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
@@ -145,40 +144,34 @@ class EulerIntegrator:
         :param noise: (batch, action_dim)
         :return: (batch, action_dim)
         """
-        activation, addmm, layers = self.activation, th.addmm, self.layers.with_buffers(len(features))
         from_features = self.weight_features @ features.t()
-        first = th.empty_like(from_features)
-        y_and_one = features.new_ones(noise.shape[1] + 1, len(noise))
-        y = y_and_one[:-1].copy_(noise.t())
+        x_and_one = features.new_ones(noise.shape[1] + 1, len(noise))
+        x = x_and_one[:-1].copy_(noise.t())
         for first_weight, last_weight, beta in self.steps:
-            h = activation(addmm(from_features, first_weight, y_and_one, out=first))
-            for bias, weight, buffer, following in layers:
-                h = following(addmm(bias, weight, h, out=buffer))
+            hidden = self.hidden_layers(from_features, first_weight, x_and_one)
             if beta != 1.0:
-                y.mul_(beta)
-            y.addmm_(last_weight, h)
-        return y.add_(self.last_shift).t()
+                x.mul_(beta)
+            x.addmm_(last_weight, hidden)
+        return x.t()
 
 
 @lru_cache
 def euler_coefficients(
     prediction_type: str, n_flow_steps: int, output_scale: float
-) -> tuple[list[float], list[tuple[float, float]], list[float]]:
+) -> tuple[list[float], list[tuple[float, float]]]:
     """
     :param prediction_type: What a network predicts
     :param n_flow_steps: Number of steps
     :param output_scale: Factor on the output of the network
-    :return: the times that Euler's method visits, alpha and beta of each step, and the shift before each of them and
-        after the last one, see :class:`EulerIntegrator`
+    :return: the times that Euler's method visits, and alpha and beta of each step, see :class:`EulerIntegrator`
     """
     earliest, latest = timestep_range(prediction_type)
     times = [min(max(t, earliest), latest) for t in sampler_grid(n_flow_steps)]
     one, zero = th.ones((), dtype=th.float64), th.zeros((), dtype=th.float64)
-    scales, shifts = [], [0.0]
+    scales = []
     for t in times:
         # velocity = to_velocity(1, 0) output + to_velocity(0, 1) x
         alpha = -output_scale * float(to_velocity(one, zero, t, prediction_type)) / n_flow_steps
         beta = 1.0 - float(to_velocity(zero, one, t, prediction_type)) / n_flow_steps
         scales.append((alpha, beta))
-        shifts.append(beta * shifts[-1] + alpha)
-    return times, scales, shifts
+    return times, scales

@@ -9,6 +9,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import nn
 
+from sb3_flow.common.activations import TanhGELU
 from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
 from sb3_flow.common.in_place import EulerIntegrator, Prepared
 from sb3_flow.common.samplers import SAMPLERS, VelocityField
@@ -183,13 +184,6 @@ def lecun_uniform_init(module: nn.Module) -> None:
         nn.init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-class TanhGELU(nn.GELU):
-    """GELU with the tanh approximation, the activation function of FQL's networks (and the default of JAX)."""
-
-    def __init__(self):
-        super().__init__(approximate="tanh")
 
 
 class EnsembleMLP(nn.Module):

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -261,7 +263,7 @@ class FlowPolicy(ActorCriticPolicy):
         if th.is_grad_enabled() or type(self.mlp_extractor) is not MlpExtractor:
             return self.value_net(self.mlp_extractor.forward_critic(features))
         with th.inference_mode():
-            values = self._prepared.get(_value_mlp, (self.mlp_extractor.value_net, self.value_net))(features.t())
+            values = self._prepared.get(_value_mlp, (self.mlp_extractor.value_net, self.value_net))(features.t())[:1]
         # An ordinary tensor again
         return values.t().clone()
 
@@ -342,8 +344,9 @@ class FlowPolicy(ActorCriticPolicy):
         return np.clip(action, self.action_space.low, self.action_space.high)
 
 
-def _value_mlp(hidden: nn.Sequential, last: nn.Linear) -> InPlaceMLP:
-    return InPlaceMLP([*hidden, last])
+def _value_mlp(hidden: nn.Sequential, last: nn.Linear) -> Callable[[th.Tensor], th.Tensor]:
+    first, *others = cast(list[nn.Linear], [*hidden, last])
+    return partial(InPlaceMLP([*others, nn.Identity()]), first.bias.unsqueeze(1), first.weight)
 
 
 def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:

@@ -288,7 +288,7 @@ class FQL(OffPolicyAlgorithm):
         # Update optimizer learning rate
         self._update_learning_rate(self.policy.optimizer)
 
-        critic_losses, bc_flow_losses, distill_losses, q_losses, q_means = [], [], [], [], []
+        logged = []
         for _ in range(gradient_steps):
             batch = self._sample(batch_size)
 
@@ -301,10 +301,13 @@ class FQL(OffPolicyAlgorithm):
             distill_loss, q_loss = self._actor_losses(batch)
             loss = critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss
 
-            if not th.isfinite(loss):
+            # The device is waited for once
+            logged.append(th.stack([critic_loss, bc_flow_loss, distill_loss, q_loss, q_values.mean()]).tolist())
+            if not np.isfinite(logged[-1]).all():
+                critic, flow, distillation, q, _ = logged[-1]
                 raise ValueError(
-                    f"The loss is not finite (critic: {critic_loss.item()}, flow: {bc_flow_loss.item()}, "
-                    f"distillation: {distill_loss.item()}, Q: {q_loss.item()}): training stopped before it reached the weights"
+                    f"The loss is not finite (critic: {critic}, flow: {flow}, distillation: {distillation}, Q: {q}): "
+                    "training stopped before it reached the weights"
                 )
             self.policy.optimizer.zero_grad()
             loss.backward()
@@ -314,23 +317,12 @@ class FQL(OffPolicyAlgorithm):
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
             self.policy.optimizer.step()
 
-            critic_losses.append(critic_loss.detach())
-            bc_flow_losses.append(bc_flow_loss.detach())
-            distill_losses.append(distill_loss.detach())
-            q_losses.append(q_loss.detach())
-            q_means.append(q_values.detach().mean())
-
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, values in [
-            ("critic_loss", critic_losses),
-            ("bc_flow_loss", bc_flow_losses),
-            ("distill_loss", distill_losses),
-            ("q_loss", q_losses),
-            ("q_mean", q_means),
-        ]:
-            self.logger.record(f"train/{name}", th.stack(values).mean().item())
+        names = ("critic_loss", "bc_flow_loss", "distill_loss", "q_loss", "q_mean")
+        for name, value in zip(names, np.mean(logged, axis=0), strict=True):
+            self.logger.record(f"train/{name}", float(value))
 
     def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """

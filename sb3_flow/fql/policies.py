@@ -14,7 +14,8 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, TanhGELU, xavier_uniform_init
+from sb3_flow.common.activations import TanhGELU
+from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, xavier_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
 
 

@@ -1,0 +1,69 @@
+"""GELU as FQL's networks have it: on a CPU, PyTorch's own takes up to a third of the time of an update."""
+
+import torch as th
+from torch import nn
+
+# GELU with the tanh approximation is x p, with p = 1 / (1 + exp(-u)) and u = SLOPE (x + CUBIC x³)
+SLOPE = 2 * (2 / th.pi) ** 0.5
+CUBIC = 0.044715
+# Below this number of elements, calls cost more than what they compute
+FEW_ELEMENTS = 4096
+
+
+class TanhGELU(nn.GELU):
+    """
+    GELU with the tanh approximation, the activation function of FQL's networks (and the default of JAX).
+
+    On a CPU, where PyTorch's own is slow, it is put together from vectorized functions, and its derivative
+    is computed along with it. (A second derivative needs ``nn.GELU``.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        if not _is_faster(input):
+            return super().forward(input)
+        if input.requires_grad and th.is_grad_enabled():
+            return _WithDerivative.apply(input)
+        return _tanh_gelu(input)
+
+
+def tanh_gelu_(x: th.Tensor) -> th.Tensor:
+    """
+    GELU with the tanh approximation, without derivatives.
+
+    :param x: overwritten with the result
+    :return: x
+    """
+    return _tanh_gelu(x, out=x) if _is_faster(x) else th.ops.aten.gelu_(x, approximate="tanh")
+
+
+def _is_faster(x: th.Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() >= FEW_ELEMENTS and not th.compiler.is_compiling()
+
+
+def _tanh_gelu(x: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
+    denominator = _exp_minus_u(x.square(), x).add_(1.0)
+    return th.div(x, denominator, out=denominator if out is None else out)
+
+
+def _exp_minus_u(square: th.Tensor, x: th.Tensor) -> th.Tensor:
+    return th.addcmul(x, square, x, value=CUBIC).mul_(-SLOPE).exp_()
+
+
+class _WithDerivative(th.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: th.Tensor) -> th.Tensor:  # type: ignore[override]
+        square = x.square()
+        p = _exp_minus_u(square, x).add_(1.0).reciprocal_()
+        result = x * p
+        # p + x p (1 - p) du/dx
+        derivative = square.mul_(3 * CUBIC * SLOPE).add_(SLOPE).mul_(result)
+        ctx.save_for_backward(derivative.addcmul_(derivative, p, value=-1.0).add_(p))
+        return result
+
+    @staticmethod
+    @th.autograd.function.once_differentiable
+    def backward(ctx, grad_output: th.Tensor) -> th.Tensor:  # type: ignore[override]
+        return grad_output * ctx.saved_tensors[0]
