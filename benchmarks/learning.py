@@ -16,22 +16,14 @@ Settings:
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import yaml
+from runs import N_EVAL_EPISODES, ROOT, Job, provenance, run_jobs, train_and_evaluate
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SETTINGS = ("fpo", "fpo-wide", "ppo", "ppo-narrow", "ppo-zoo")
-N_EVAL_EPISODES = 20
-BIN = 10_000
 
 
 def hyperparameters(setting: str, env_id: str) -> dict:
@@ -57,61 +49,14 @@ def hyperparameters(setting: str, env_id: str) -> dict:
     return zoo_blocks.get(env_id) or zoo_blocks[env_id.replace("-v5", "-v4")]
 
 
-def provenance() -> dict:
-    packages = ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "mujoco", "numpy")
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return dict(
-        commit=commit,
-        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
-        hardware=f"{os.cpu_count()} × {cpu[0] if cpu else platform.processor()}",
-    )
-
-
 def run(setting: str, env_id: str, steps: int, seed: int, logs: Path) -> None:
     """Train and evaluate one run, in this process, and write its results."""
-    import torch as th
-    from rl_zoo3.utils import get_latest_run_id
-    from stable_baselines3.common.monitor import load_results
-    from stable_baselines3.common.results_plotter import ts2xy
-
-    from sb3_flow.zoo import cli
-    from sb3_flow.zoo.evaluate import evaluate
-
-    th.set_num_threads(1)
-    algo = setting.split("-")[0]
-    log_folder = logs / f"{setting}-seed{seed}"
-    log_folder.mkdir(parents=True, exist_ok=True)
-    conf_file = log_folder / "hyperparams.yml"
-    conf_file.write_text(yaml.safe_dump({env_id: hyperparameters(setting, env_id)}))
-    sys.argv = ["sb3-flow", "train", "--algo", algo, "--env", env_id, "-n", str(steps), "--seed", str(seed),
-                "--num-threads", "1", "-f", str(log_folder), "-conf", str(conf_file), "--verbose", "0"]  # fmt: skip
-    cli.main()
-
-    run_folder = log_folder / algo / f"{env_id}_{get_latest_run_id(str(log_folder / algo), env_id)}"
-    monitor = load_results(str(run_folder))
-    timesteps, returns = ts2xy(monitor, "timesteps")
-    bins = timesteps // BIN
-    evaluations = [
-        evaluate(algo, env_id, str(log_folder), n_eval_episodes=N_EVAL_EPISODES, stochastic=stochastic, seed=10_000 + seed)
-        for stochastic in (False, True)
-    ]
-    with np.load(run_folder / "evaluations.npz") as npz:
-        during = [[int(step), float(mean)] for step, mean in zip(npz["timesteps"], npz["results"].mean(axis=1), strict=True)]
+    run_result = train_and_evaluate(
+        setting.split("-")[0], env_id, steps, seed, hyperparameters(setting, env_id), logs / f"{setting}-seed{seed}"
+    )
     result = dict(
         setting=setting,
-        env=env_id,
-        steps=steps,
-        seed=seed,
-        deterministic={key: evaluations[0][key] for key in ("mean_return", "std_return", "n_eval_episodes")},
-        stochastic={key: evaluations[1][key] for key in ("mean_return", "std_return", "n_eval_episodes")},
-        # Not a measure of speed: other runs may have shared the machine
-        train_seconds=float(monitor["t"].max()),
-        training_curve=[[int(bin_ * BIN + BIN // 2), float(returns[bins == bin_].mean())] for bin_ in np.unique(bins)],
-        deterministic_curve=during,
-        hyperparameters=hyperparameters(setting, env_id),
+        **run_result,
         command=f"python benchmarks/learning.py --env {env_id} --steps {steps} --settings {setting} --seeds {seed}",
         **provenance(),
     )
@@ -155,24 +100,23 @@ def main() -> None:
         run(args.settings[0], args.env, args.steps, args.seeds[0], args.logs)
         return
 
-    def start(setting: str, seed: int) -> None:
+    def is_done(setting: str, seed: int) -> bool:
         file = result_file(setting, args.env, args.steps, seed)
         # Those of other hyperparameters are out of date
-        if file.exists() and json.loads(file.read_text())["hyperparameters"] == hyperparameters(setting, args.env):
-            return
-        log = args.logs / f"{args.env.replace('/', '-')}-{setting}-seed{seed}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, "--run-one", "--env", args.env, "--steps", str(args.steps),
-                   "--settings", setting, "--seeds", str(seed), "--logs", str(args.logs)]  # fmt: skip
-        with open(log, "w") as output:
-            failed = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-        print(f"{args.env} {setting} seed {seed}: {'failed, see ' + str(log) if failed.returncode else 'done'}", flush=True)
+        return file.exists() and json.loads(file.read_text())["hyperparameters"] == hyperparameters(setting, args.env)
 
     if not args.table_only:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: start(*job), [(setting, seed) for seed in args.seeds for setting in args.settings]))
+        jobs = [
+            Job(
+                f"{args.env.replace('/', '-')}-{setting}-seed{seed}",
+                [__file__, "--run-one", "--env", args.env, "--steps", str(args.steps), "--settings", setting,
+                 "--seeds", str(seed), "--logs", str(args.logs)],
+            )
+            for seed in args.seeds
+            for setting in args.settings
+            if not is_done(setting, seed)
+        ]  # fmt: skip
+        run_jobs(jobs, args.jobs, args.logs)
     print_table(args.env, args.steps)
 
 

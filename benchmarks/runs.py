@@ -1,0 +1,132 @@
+"""Runs of the learning benchmarks: each is one `sb3-flow train` in a process of its own, then its evaluation."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parent.parent
+N_EVAL_EPISODES = 20
+BIN = 10_000
+
+
+class Job(NamedTuple):
+    """A run to do: its name, which the file of its output has too, and the arguments of the script that does it."""
+
+    name: str
+    arguments: list[str]
+
+
+def run_jobs(jobs: Iterable[Job], n_jobs: int, logs: Path) -> None:
+    """
+    Run a script again and again, each time in a process of its own with one thread.
+
+    :param jobs: With which arguments
+    :param n_jobs: How many at the same time
+    :param logs: Folder for their output
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def run(job: Job) -> None:
+        log = logs / f"{job.name}.log"
+        with open(log, "w") as output:
+            process = subprocess.run(
+                [sys.executable, *job.arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        print(f"{job.name}: {f'failed, see {log}' if process.returncode else 'done'}", flush=True)
+
+    with ThreadPoolExecutor(n_jobs) as pool:
+        list(pool.map(run, jobs))
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and hardware."""
+    packages = ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "mujoco", "numpy")
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return dict(
+        commit=commit,
+        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        hardware=f"{os.cpu_count()} × {cpu[0] if cpu else platform.processor()}",
+    )
+
+
+def train_and_evaluate(
+    algo: str,
+    env_id: str,
+    steps: int,
+    seed: int,
+    hyperparameters: dict[str, Any],
+    log_folder: Path,
+    n_eval_episodes: int = N_EVAL_EPISODES,
+    train_arguments: Iterable[str] = (),
+) -> dict[str, Any]:
+    """
+    One run, in this process.
+
+    :param algo: Name of the algorithm
+    :param env_id: Environment
+    :param steps: Timesteps
+    :param seed: Seed of the training. Those of the evaluations are others
+    :param hyperparameters: in rl-zoo3's format
+    :param log_folder: of this run alone
+    :param n_eval_episodes: Number of episodes of each of the final evaluations, from zero noise and stochastic
+    :param train_arguments: further ones for `sb3-flow train`
+    :return: evaluations, learning curves, hyperparameters
+    """
+    import torch as th
+    from rl_zoo3.utils import get_latest_run_id
+    from stable_baselines3.common.monitor import load_results
+    from stable_baselines3.common.results_plotter import ts2xy
+
+    from sb3_flow.zoo import cli
+    from sb3_flow.zoo.evaluate import evaluate
+
+    th.set_num_threads(1)
+    log_folder.mkdir(parents=True, exist_ok=True)
+    conf_file = log_folder / "hyperparams.yml"
+    conf_file.write_text(yaml.safe_dump({env_id: hyperparameters}))
+    sys.argv = ["sb3-flow", "train", "--algo", algo, "--env", env_id, "-n", str(steps), "--seed", str(seed),
+                "--num-threads", "1", "-f", str(log_folder), "-conf", str(conf_file), "--verbose", "0",
+                *train_arguments]  # fmt: skip
+    cli.main()
+
+    env_name = env_id.replace("/", "-")
+    run_folder = log_folder / algo / f"{env_name}_{get_latest_run_id(str(log_folder / algo), env_name)}"
+    monitor = load_results(str(run_folder))
+    timesteps, returns = ts2xy(monitor, "timesteps")
+    bins = timesteps // BIN
+    evaluations = [
+        evaluate(algo, env_id, str(log_folder), n_eval_episodes=n_eval_episodes, stochastic=stochastic, seed=10_000 + seed)
+        for stochastic in (False, True)
+    ]
+    during: list[list[float]] = []
+    if (run_folder / "evaluations.npz").exists():
+        with np.load(run_folder / "evaluations.npz") as npz:
+            means = npz["results"].mean(axis=1)
+            during = [[int(step), float(mean)] for step, mean in zip(npz["timesteps"], means, strict=True)]
+    return dict(
+        env=env_id,
+        steps=steps,
+        seed=seed,
+        deterministic={key: evaluations[0][key] for key in ("mean_return", "std_return", "n_eval_episodes")},
+        stochastic={key: evaluations[1][key] for key in ("mean_return", "std_return", "n_eval_episodes")},
+        # Not a measure of speed: other runs may have shared the machine
+        train_seconds=float(monitor["t"].max()),
+        training_curve=[[int(bin_ * BIN + BIN // 2), float(returns[bins == bin_].mean())] for bin_ in np.unique(bins)],
+        deterministic_curve=during,
+        hyperparameters=hyperparameters,
+    )
