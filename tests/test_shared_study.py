@@ -11,7 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-optuna = pytest.importorskip("optuna", reason='needs pip install "sb3-flow[zoo]"')
+pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
+
+import optuna
 from optuna.trial import TrialState
 
 from sb3_flow.zoo.shared_study import open_storage

@@ -246,7 +246,7 @@ class FlowExperimentManager(ExperimentManager):
             except KeyboardInterrupt:
                 pass
             # rl-zoo3, which would not wait for the trials of other workers, has only the report to write
-            self.max_total_trials = 0
+            self.n_trials, self.max_total_trials = self.max_total_trials, 0
         return self.study
 
     def hyperparameters_optimization(self) -> None:
@@ -276,8 +276,7 @@ class FlowExperimentManager(ExperimentManager):
                 raise SystemExit("sb3-flow: error: no trial was completed: all were pruned or failed") from error
         if self.storage is not None:
             print(
-                f"Train with the best trial: sb3-flow train --algo {self.algo} --env {self.env_name.gym_id} "
-                f"--storage {self.storage} --study-name {self.study.study_name} --trial-id {self.study.best_trial.number}"
+                f"To train with the best trial: --study-name {self.study.study_name} --trial-id {self.study.best_trial.number}"
             )
 
     def learn(self, model: BaseAlgorithm) -> None:
