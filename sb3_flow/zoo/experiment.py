@@ -275,9 +275,9 @@ class FlowExperimentManager(ExperimentManager):
                     raise
                 raise SystemExit("sb3-flow: error: no trial was completed: all were pruned or failed") from error
         if self.storage is not None:
-            print(
-                f"To train with the best trial: --study-name {self.study.study_name} --trial-id {self.study.best_trial.number}"
-            )
+            assert self.study is not None
+            number = self.study.best_trial.number
+            print(f"The best trial is number {number}, to train with: --study-name {self.study.study_name} --trial-id {number}")
 
     def learn(self, model: BaseAlgorithm) -> None:
         if self.resumed_timesteps:
