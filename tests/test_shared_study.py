@@ -1,10 +1,12 @@
-"""Workers, which are processes of their own, share a study. One is killed in the middle."""
+"""Workers, which are processes of their own, share a study. One is killed, or suspended, in the middle."""
 
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def journal(tmp_path):
 
 
 @pytest.fixture
-def postgresql(tmp_path_factory):
+def postgresql():
     """A server of its own, on the loopback interface, in a temporary folder: apt-get install postgresql"""
     pytest.importorskip("psycopg", reason='needs pip install "sb3-flow[postgresql]"')
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -47,25 +49,27 @@ def postgresql(tmp_path_factory):
     commands = Path(bin_path).resolve().parent
     # It does not run as root
     user = "postgres" if os.getuid() == 0 else None
-    folder = Path(tmp_path_factory.mktemp("postgresql"))
+    folder = Path(tempfile.mkdtemp(prefix="postgresql_"))
     if user is not None:
         shutil.chown(folder, user)
-        for parent in list(folder.parents)[:2]:
-            parent.chmod(0o755)
 
     def run(name, *args):
         subprocess.run([commands / name, *args], check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL)
 
-    port = 20000 + os.getpid() % 20000
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     run("initdb", "-D", folder / "data", "-U", "tester", "-A", "trust", "--no-sync")
     options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
     run("pg_ctl", "-D", folder / "data", "-o", options, "-l", folder / "log", "-w", "start")
     yield f"postgresql+psycopg://tester@127.0.0.1:{port}/postgres"
     run("pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
+    shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("fate", ["killed", "suspended"])
 @pytest.mark.parametrize("storage", ["journal", pytest.param("postgresql", marks=pytest.mark.slow)])
-def test_killed_worker(storage, request, tmp_path, monkeypatch):
+def test_worker_disappears(storage, fate, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     storage = request.getfixturevalue(storage)
 
@@ -77,8 +81,14 @@ def test_killed_worker(storage, request, tmp_path, monkeypatch):
     workers = [start(1), start(2)]
     try:
         victim = running_trial_of(workers[0], storage)
-        workers[0].kill()
+        if fate == "killed":
+            workers[0].kill()
         assert workers[1].wait(timeout=300) == 0, Path("2.txt").read_text()
+        if fate == "suspended":
+            # It comes back, and what it has to say is too late
+            workers[0].send_signal(signal.SIGCONT)
+            assert workers[0].wait(timeout=60) == 0, Path("1.txt").read_text()
+            assert f"The trials [{victim.number}] were taken over" in Path("1.txt").read_text()
     finally:
         for worker in workers:
             worker.kill()
@@ -93,8 +103,8 @@ def test_killed_worker(storage, request, tmp_path, monkeypatch):
     assert trials[victim.number].state == TrialState.FAIL
     (retried,) = [t for t in finished if t.system_attrs.get("retry_history") == [victim.number]]
     assert victim.params.items() <= retried.params.items() and retried.user_attrs["pid"] == workers[1].pid
-    # The report has them all, and a worker that comes back finds nothing to do
-    assert start(1).wait(timeout=60) == 0
+    # The report has them all, and another worker finds nothing to do
+    assert fate == "suspended" or start(1).wait(timeout=60) == 0
     reports = [pd.read_csv(path) for path in Path("logs/fql").glob("report_*.csv")]
     assert len(reports) == 2 and all(list(report["state"]) == [trial.state.name for trial in trials] for report in reports)
     assert not list(Path("logs/fql").glob("Pendulum-v1_*"))

@@ -277,7 +277,9 @@ class FlowExperimentManager(ExperimentManager):
         if self.storage is not None:
             assert self.study is not None
             number = self.study.best_trial.number
-            print(f"The best trial is number {number}, to train with: --study-name {self.study.study_name} --trial-id {number}")
+            print(
+                f"The best trial is number {number}, to train with: --study-name {self.study.study_name} --trial-id {number}"
+            )
 
     def learn(self, model: BaseAlgorithm) -> None:
         if self.resumed_timesteps:

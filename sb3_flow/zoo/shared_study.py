@@ -92,7 +92,10 @@ def optimize_together(
     :param n_jobs: Number of trials at once in this worker
     """
 
+    begun: set[int] = set()
+
     def wanted_objective(trial: optuna.Trial) -> float:
+        begun.add(trial.number)
         earlier = [t for t in study.get_trials(deepcopy=False, states=COUNTED_STATES) if t.number < trial.number]
         if len(earlier) >= max_total_trials:
             print(f"Trial {trial.number} is not needed: another worker began the last one at the same moment")
@@ -108,7 +111,17 @@ def optimize_together(
         running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
         if len(trials) < max_total_trials:
             n_trials = min(n_jobs, max_total_trials - len(trials))
-            study.optimize(wanted_objective, n_trials, n_jobs=n_jobs, gc_after_trial=True)
+            begun.clear()
+            try:
+                study.optimize(wanted_objective, n_trials, n_jobs=n_jobs, gc_after_trial=True)
+            except (UpdateFinishedTrialError, ValueError):
+                # The result of a trial that was failed meanwhile is refused
+                retried = {
+                    number for t in study.get_trials(deepcopy=False) for number in t.system_attrs.get("retry_history", ())
+                }
+                if not begun & retried:
+                    raise
+                print(f"The trials {sorted(begun & retried)} were taken over: this worker showed no sign of life for too long")
         elif running:
             if not waits:
                 print(f"Waiting for the trials {running} of other workers, to take them over if they are killed")
