@@ -27,10 +27,10 @@ shared_study.HEARTBEAT_INTERVAL, shared_study.GRACE_PERIOD = 1, 3
 from sb3_flow.zoo.cli import main
 main()
 """
-# Trials of a second, in which nothing is learned
-OPTIONS = ["--algo", "fql", "--env", "Pendulum-v1", "--study-name", "test", "-n", "1000", "--max-total-trials", "5",
+# Nothing is learned in its trials
+OPTIONS = ["--algo", "fql", "--env", "Pendulum-v1", "--study-name", "test", "--max-total-trials", "5",
            "--n-evaluations", "1", "--eval-episodes", "1", "--num-threads", "1", "--no-optim-plots",
-           "-params", "learning_starts:2000", "buffer_size:1000"]  # fmt: skip
+           "-params", "learning_starts:100000", "buffer_size:1000"]  # fmt: skip
 
 
 @pytest.fixture
@@ -67,18 +67,22 @@ def postgresql():
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("fate", ["killed", "suspended"])
-@pytest.mark.parametrize("storage", ["journal", pytest.param("postgresql", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("storage", "fate"),
+    [("journal", "killed"), ("journal", "suspended"), pytest.param("postgresql", "killed", marks=pytest.mark.slow)],
+)
 def test_worker_disappears(storage, fate, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     storage = request.getfixturevalue(storage)
 
-    def start(seed):
-        command = [sys.executable, "-c", WORKER, "optimize", "--storage", storage, "--seed", str(seed), *OPTIONS]
+    def start(seed, n_timesteps=1000):
+        study = ["--storage", storage, "--seed", str(seed), "-n", str(n_timesteps)]
+        command = [sys.executable, "-c", WORKER, "optimize", *study, *OPTIONS]
         with open(f"{seed}.txt", "w") as file:
             return subprocess.Popen(command, stdout=file, stderr=file)
 
-    workers = [start(1), start(2)]
+    # The one that will be killed is slow
+    workers = [start(1, n_timesteps=12_000), start(2)]
     try:
         victim = running_trial_of(workers[0], storage)
         if fate == "killed":
@@ -112,20 +116,16 @@ def test_worker_disappears(storage, fate, request, tmp_path, monkeypatch):
 
 def running_trial_of(worker, storage):
     """Stop it in the middle of a trial."""
-
-    def trials():
-        try:
-            return optuna.load_study(study_name="test", storage=open_storage(storage)).trials
-        except KeyError:
-            # Not created yet
-            return []
-
     deadline = time.time() + 120
     while time.time() < deadline and worker.poll() is None:
-        worker.send_signal(signal.SIGSTOP)
-        for trial in trials():
-            if trial.state == TrialState.RUNNING and trial.user_attrs.get("pid") == worker.pid and trial.params:
+        try:
+            trials = optuna.load_study(study_name="test", storage=open_storage(storage)).trials
+        except (KeyError, optuna.exceptions.StorageInternalError):
+            # Not created yet
+            trials = []
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get("pid") == worker.pid and "net_arch" in trial.params:
+                worker.send_signal(signal.SIGSTOP)
                 return trial
-        worker.send_signal(signal.SIGCONT)
-        time.sleep(0.3)
-    raise AssertionError("the worker had no trial")
+        time.sleep(0.5)
+    raise AssertionError("the worker had no trial: " + Path("1.txt").read_text())
