@@ -9,7 +9,9 @@ extras = {
     "mujoco": ["gymnasium[mujoco]", "mujoco>=3.17,<4"],
     "dmc": ["shimmy[dm-control]>=2.0.1,<3", "dm_control<=1.0.50", "mujoco>=3.17,<4"],
     # rl-zoo3 needs pandas at the end of an optimisation, plotly for its figures, and moviepy and pygame for videos
-    "zoo": ["rl_zoo3>=2.9.0,<3", "pandas", "plotly", "tqdm", "rich", "moviepy", "pygame-ce"],
+    "zoo": ["rl_zoo3>=2.9.0,<3", "optuna>=4.9", "pandas", "plotly", "tqdm", "rich", "moviepy", "pygame-ce"],
+    # A search of several machines
+    "postgresql": ["psycopg[binary]>=3"],
     "solvers": ["torchdiffeq"],
     "offline": ["ogbench>=1.2,<2", "minari[hdf5]>=0.5.4", "h5py", "pillow"],
     "plots": ["matplotlib", "rl_zoo3[plots]>=2.9.0,<3"],

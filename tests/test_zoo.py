@@ -1,6 +1,8 @@
 """The command line, through rl-zoo3's own programs."""
 
 import json
+import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
 import sb3_flow.zoo
 from sb3_flow import FPO, FQL
@@ -47,7 +50,8 @@ def in_an_empty_folder(monkeypatch, tmp_path):
 def test_register():
     sb3_flow.zoo.register()
     sb3_flow.zoo.register()
-    assert ALGOS["fpo"] is FPO and "ppo" in ALGOS
+    assert ALGOS["fpo"] is FPO and ALGOS["fql"] is FQL and "ppo" in ALGOS
+    assert {"fpo", "fql", "ppo"} <= HYPERPARAMS_SAMPLER.keys() & HYPERPARAMS_CONVERTER.keys()
 
 
 @pytest.mark.parametrize("algo", sb3_flow.zoo.FLOW_ALGOS)
@@ -235,47 +239,146 @@ def test_env_kwargs_and_gym_packages(monkeypatch, capsys):
     assert "Episode Reward: 1000.00" in capsys.readouterr().out
 
 
+def test_trained_agent(monkeypatch):
+    """-i goes on with the statistics of VecNormalize and the replay buffer, of the end of a run or of a checkpoint."""
+    for algo, params in [
+        ("fpo", ["n_steps:32", "batch_size:32", "n_epochs:1", "n_envs:1"]),
+        ("fql", ["learning_starts:10", "policy_kwargs:dict(net_arch=[16])", "batch_size:8", "buffer_size:1000"]),
+    ]:
+        train = ["train", "--algo", algo, "--env", "Pendulum-v1", "--save-replay-buffer", "--save-freq", 64, "--eval-freq", -1]
+        params = ["-params", "normalize:True", *params]
+        first, second, third = (Path(f"logs/{algo}/Pendulum-v1_{number}") for number in (1, 2, 3))
+        sb3_flow_main(monkeypatch, *train, "-n", 96, *params)
+        sb3_flow_main(monkeypatch, *train, "-n", 32, *params, "-i", first / "Pendulum-v1.zip")
+        sb3_flow_main(monkeypatch, *train, "-n", 32, *params, "-i", first / "rl_model_64_steps.zip")
+        # (SB3 saves a checkpoint before it learns from its last step, and before the replay buffer has it)
+        for run, num_timesteps, n_stored, n_updates in [
+            (first, 96, 96, dict(fpo=3, fql=86)),
+            (second, 128, 128, dict(fpo=4, fql=108)),
+            (third, 96, 95, dict(fpo=2, fql=75)),
+        ]:
+            statistics = pickle.loads((run / "Pendulum-v1" / "vecnormalize.pkl").read_bytes())
+            assert statistics.ret_rms.count == pytest.approx(num_timesteps, abs=1)
+            model = ALGOS[algo].load(run / "Pendulum-v1.zip")
+            assert model._n_updates == n_updates[algo]
+            if algo == "fql":
+                model.load_replay_buffer(run / "replay_buffer.pkl")
+                assert model.replay_buffer.size() == n_stored
+    with pytest.raises(SystemExit, match="argument -i/--trained-agent: there is no model"):
+        sb3_flow_main(monkeypatch, *train, "-i", "nothing.zip")
+
+
+def test_search_space():
+    """Minibatches divide the rollout, and the sampler sees the same bounds in each trial."""
+    for n_envs in (1, 10, 16, 4096):
+        study = optuna.create_study()
+        distributions = set()
+        for _ in range(20):
+            trial = study.ask()
+            hyperparams = HYPERPARAMS_SAMPLER["fpo"](trial, 1, n_envs, {})
+            assert hyperparams["n_steps"] * n_envs % hyperparams["batch_size"] == 0 and hyperparams["clip_range"] <= 0.1
+            distributions.add(str(trial.distributions))
+        assert len(distributions) == 1
+
+
 def test_optimize(monkeypatch, capsys):
-    """Two trials of each search space in a study of their own, the report, and a training with the best one."""
+    """Two trials of each search space in a study of their own, the report, and a training with one of them."""
     np.savez("data.npz", observations=np.zeros((50, 3)), next_observations=np.ones((50, 3)), rewards=np.zeros(50),
              actions=np.zeros((50, 1)))  # fmt: skip
-    for algo, params in [("fpo", ["n_envs:2"]), ("fql", ["dataset:'data.npz'", "offline_steps:4", "buffer_size:100"])]:
-        study = ["--algo", algo, "--env", "Pendulum-v1", "--storage", "study.log", "--study-name", algo, "-n", 4]
+    # (with this seed trials are short)
+    for algo, trial_id, seed, n_timesteps, params in [
+        ("fpo", 1, 11, 1024, ["n_envs:2"]),
+        # The first trial is a trial like any other
+        ("fql", 0, 0, 4, ["dataset:'data.npz'", "offline_steps:4", "buffer_size:100"]),
+    ]:
+        study = ["--algo", algo, "--env", "Pendulum-v1", "--storage", "study.log", "--study-name", algo, "-n", n_timesteps]
         options = ["--n-trials", 2, "--n-startup-trials", 2, "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots"]
-        sb3_flow_main(monkeypatch, "optimize", *study, *options, "-params", *params)
+        sb3_flow_main(monkeypatch, "optimize", *study, *options, "--seed", seed, "-params", *params)
         out = capsys.readouterr().out
-        assert "Number of finished trials:  2" in out and "Best trial" in out
+        assert "Number of finished trials:  2" in out and "The best trial is number" in out
         (report,) = Path(f"logs/{algo}").glob("report_*.csv")
         assert len(report.read_text().splitlines()) == 3
-        sb3_flow_main(monkeypatch, "train", *study, "--trial-id", 1, "--eval-freq", -1, "-params", *params)
-        model = sb3_flow.zoo.FLOW_ALGOS[algo].load(max(Path(f"logs/{algo}").glob("*/Pendulum-v1.zip")))
-        trial = optuna.load_study(study_name=algo, storage=JournalStorage(JournalFileBackend("study.log"))).trials[1]
-        assert model.gamma == pytest.approx(1 - trial.params["one_minus_gamma"])
-        assert model.batch_size == 2 ** trial.params["batch_size_pow"]
+        # A search is not a run
+        assert not list(Path(f"logs/{algo}").glob("Pendulum-v1_*"))
+        sb3_flow_main(monkeypatch, "train", *study, "--trial-id", trial_id, "--eval-freq", -1, "-params", *params)
+        model = sb3_flow.zoo.FLOW_ALGOS[algo].load(f"logs/{algo}/Pendulum-v1_1/Pendulum-v1.zip")
+        trials = optuna.load_study(study_name=algo, storage=JournalStorage(JournalFileBackend("study.log"))).trials
+        assert model.gamma == pytest.approx(1 - trials[trial_id].params["one_minus_gamma"])
+        assert model.batch_size == 2 ** trials[trial_id].params["batch_size_pow"]
         assert model.num_timesteps == (8 if algo == "fql" else model.n_steps * 2)
         assert ALGOS[algo] is sb3_flow.zoo.FLOW_ALGOS[algo]
+    # A search that goes on does not suggest the same again, with the same seed
+    sb3_flow_main(monkeypatch, "optimize", *study, *options, "--seed", seed, "-params", *params)
+    trials = optuna.load_study(study_name=algo, storage=JournalStorage(JournalFileBackend("study.log"))).trials
+    assert len({str(trial.params) for trial in trials}) == 4
+
+
+@pytest.mark.parametrize("algo", sb3_flow.zoo.FLOW_ALGOS)
+def test_nan_is_pruned(monkeypatch, capsys, algo):
+    Path("nan_task.py").write_text(
+        "import gymnasium as gym\n"
+        "def make(**kwargs):\n"
+        "    return gym.wrappers.TransformReward(gym.make('Pendulum-v1', **kwargs), lambda reward: float('nan'))\n"
+        "gym.register('NaN-v0', make)\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    study = ["--algo", algo, "--env", "NaN-v0", "--gym-packages", "nan_task", "--storage", "study.log", "--study-name", algo]
+    params = ["n_envs:16"] if algo == "fpo" else ["learning_starts:10", "buffer_size:100"]
+    with pytest.raises(SystemExit, match="no trial was completed"):
+        sb3_flow_main(monkeypatch, "optimize", *study, "-n", 9999, "--seed", 11, "--max-total-trials", 2, "-params", *params)
+    trials = optuna.load_study(study_name=algo, storage=JournalStorage(JournalFileBackend("study.log"))).trials
+    assert [trial.state for trial in trials] == [optuna.trial.TrialState.PRUNED] * 2
+    assert "NaN" in capsys.readouterr().out
 
 
 def test_programs_of_rl_zoo3(monkeypatch, capsys):
     """Videos, plots and the table of all trained agents."""
     for package in ("moviepy", "pygame", "seaborn"):
         pytest.importorskip(package, reason='needs pip install "sb3-flow[zoo,plots]"')
-    # Its programs are run as scripts and drawn without a screen
-    monkeypatch.setenv("MPLBACKEND", "Agg")
+    import imageio.v2 as imageio
+    from matplotlib import pyplot as plt
+
+    # Without a screen
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    params = ["-params", "n_steps:64", "batch_size:64", "n_envs:1", "n_epochs:1"]
-    for _ in range(2):
-        sb3_flow_main(monkeypatch, *TRAIN[:5], "-n", 256, "--eval-freq", 128, "--eval-episodes", 1, *params)
-    sb3_flow_main(monkeypatch, "record-video", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 5)
-    (video,) = Path("logs/fpo/Pendulum-v1_2/videos").glob("*.mp4")
-    assert video.stat().st_size > 1000
-    sb3_flow_main(monkeypatch, "plot-train", "-a", "fpo", "-e", "Pendulum-v1", "-f", "logs")
-    sb3_flow_main(
-        monkeypatch, "all-plots", "-a", "fpo", "-e", "Pendulum-v1", "-f", "logs", "-o", "logs/res", "--no-display", "-min", 100
+    plt.switch_backend("agg")
+    # The name of a folder is not that of the environment
+    Path("my_pendulum.py").write_text(
+        "import gymnasium as gym; gym.register('my/Pendulum-v0', lambda **kw: gym.make('Pendulum-v1', **kw))"
     )
-    assert "|Pendulum-v1 |" in capsys.readouterr().out
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    mine = ["--algo", "fpo", "--env", "my/Pendulum-v0", "--gym-packages", "my_pendulum"]
+    params = ["-params", "n_steps:64", "batch_size:64", "n_envs:1", "n_epochs:1"]
+    sb3_flow_main(monkeypatch, "train", *mine, "-n", 256, "--eval-freq", 128, "--eval-episodes", 2, *params)
+    sb3_flow_main(monkeypatch, "record-video", *mine, "-n", 5)
+    (video,) = Path("logs/fpo/my-Pendulum-v0_1/videos").glob("*.mp4")
+    frames = [frame for frame in imageio.get_reader(video)]
+    # The pendulum, on white
+    assert len(frames) >= 5 and frames[-1].mean() > 200 and frames[-1].min() < 100
+    sb3_flow_main(monkeypatch, "plot-train", "-a", "fpo", "-e", "my/Pendulum-v0", "-f", "logs", "-w", "1")
+    sb3_flow_main(monkeypatch, "all-plots", "-a", "fpo", "-e", "my/Pendulum-v0", "-f", "logs", "-o", "res")
+    assert "|my-Pendulum-v0|" in capsys.readouterr().out
+    # (of a single run)
+    sb3_flow_main(monkeypatch, "plot-from-file", "-i", "res.pkl", "-b")
+    for figure in ("plot-train_1", "all-plots_1", "plot-from-file_1", "plot-from-file_2", "plot-from-file_3"):
+        assert Path(f"{figure}.png").stat().st_size > 5000
+    for args, message in [
+        (["all-plots", "-a", "fpo"], "required: -e/--env, -f/--exp-folders"),
+        (["plot-from-file"], "required: -i/--input"),
+        (["record-video", "--algo", "fpo", "--env", "Pendulum-v1"], "No model found for fpo on Pendulum-v1"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            sb3_flow_main(monkeypatch, *args)
+
+
+def test_benchmark(monkeypatch):
+    for algo in ("fpo", "ppo"):
+        sb3_flow_main(
+            monkeypatch, "train", "--algo", algo, "--env", "Pendulum-v1", "-n", 64, "--eval-freq", -1,
+            "-params", "n_envs:1", "n_steps:64", "batch_size:64",
+        )  # fmt: skip
     sb3_flow_main(monkeypatch, "benchmark", "-n", 200, "--num-threads", 1)
-    assert "|fpo |Pendulum-v1|" in Path("benchmark.md").read_text().replace("  ", " ")
+    table = Path("benchmark.md").read_text().replace("  ", " ")
+    assert "|fpo |Pendulum-v1|" in table and "|ppo |Pendulum-v1|" in table
 
 
 def test_own_conf_file(monkeypatch):
@@ -410,11 +513,15 @@ def test_wheel_holds_the_hyperparameters(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "sb3_flow/hyperparams/fpo.yml" in names and "sb3_flow/py.typed" in names and "sb3_flow/version.txt" in names
-    # The file that is found from an installed wheel
+    # They are found from an installed wheel, anywhere
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = "import sb3_flow.zoo as zoo; print(zoo.default_conf_file('fpo'))"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=site, env={"PYTHONPATH": str(site)}, capture_output=True, text=True
+    train = ["-m", "sb3_flow.zoo", "train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", "4", "--eval-freq", "-1"]
+    process = subprocess.run(
+        [sys.executable, *train, "-params", "n_steps:64"],
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
     )
-    assert found.stdout.strip() == str(site / "sb3_flow" / "hyperparams" / "fpo.yml")
+    assert f"Loading hyperparameters from: {site / 'sb3_flow' / 'hyperparams' / 'fpo.yml'}" in process.stdout
+    assert Path("logs/fpo/Pendulum-v1_1/Pendulum-v1.zip").is_file()

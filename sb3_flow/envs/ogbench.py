@@ -33,12 +33,20 @@ TASKS = ("", *(f"-task{number}" for number in range(1, 6)))
 
 
 class ReportSuccess(gym.Wrapper):
-    """Report the success of OGBench under the name that SB3 looks for, ``is_success``."""
+    """Report the success of OGBench under the name that SB3 looks for, ``is_success``, and free its renderers."""
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
         info["is_success"] = bool(info.get("success", False))
         return observation, reward, terminated, truncated, info
+
+    def close(self):
+        # OGBench does not close its renderers, which then fail noisily at the end of the process
+        for name in ("custom_renderer", "_renderer"):
+            renderer = getattr(self.unwrapped, name, None)
+            if renderer is not None:
+                renderer.close()
+        super().close()
 
 
 def make(name: str, **kwargs) -> gym.Env:

@@ -2,16 +2,21 @@
 
 import argparse
 import importlib
+import pickle
 import runpy
+import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import gymnasium as gym
+import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS, default_conf_file, register, register_envs
@@ -52,8 +57,13 @@ def train() -> None:
     resume, sys.argv[1:] = resume_parser.parse_known_args()
     parser = _base_parser(add_help=False)
     parser.add_argument("-f", "--log-folder", default="logs")
+    parser.add_argument("-i", "--trained-agent")
     args = parser.parse_known_args()[0]
     _check_env(args.env, args.gym_packages)
+    if args.trained_agent and not (args.trained_agent.endswith(".zip") and Path(args.trained_agent).is_file()):
+        sys.exit(
+            f"sb3-flow: error: argument -i/--trained-agent: there is no model {args.trained_agent}, it must be a .zip file"
+        )
 
     _add_defaults("--save-freq", str(DEFAULT_SAVE_FREQ))
     if args.algo in FLOW_ALGOS:
@@ -75,25 +85,33 @@ def enjoy() -> None:
 
 def record_video() -> None:
     """rl-zoo3's record_video: a video of a trained agent, in the folder of its run."""
-    _run_with_trained_agent(partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__"))
+    # It has no --gym-packages, which are imported here
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gym-packages", nargs="+", default=[])
+    args, sys.argv[1:] = parser.parse_known_args()
+    _run_with_trained_agent(partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__"), args.gym_packages)
 
 
-def _run_with_trained_agent(program: Callable[[], Any]) -> None:
+def _run_with_trained_agent(program: Callable[[], Any], gym_packages: Sequence[str] = ()) -> None:
     from rl_zoo3.utils import ALGOS
 
     args = _base_parser(add_help=False).parse_known_args()[0]
-    _check_env(args.env, args.gym_packages)
+    _check_env(args.env, [*gym_packages, *args.gym_packages])
     _add_defaults("--folder", "logs")
     if args.algo in EVALUATED_WITH_NOISE and "--deterministic" not in sys.argv:
         _add_defaults("--stochastic")
+    loaders = {}
     if args.algo in FLOW_ALGOS and issubclass(FLOW_ALGOS[args.algo], OffPolicyAlgorithm):
         # rl-zoo3 only knows its own off-policy algorithms: ours would allocate a replay buffer too
-        loader = SimpleNamespace(load=partial(FLOW_ALGOS[args.algo].load, buffer_size=1))
-        ALGOS[args.algo] = loader  # type: ignore[assignment]
+        loaders[args.algo] = SimpleNamespace(load=partial(FLOW_ALGOS[args.algo].load, buffer_size=1))
     try:
-        program()
-    finally:
-        register()
+        with mock.patch.dict(ALGOS, loaders):
+            program()
+    except (ValueError, AssertionError) as error:
+        # The message says it all, if there is no such run
+        if traceback.extract_tb(error.__traceback__)[-1].name != "get_model_path":
+            raise
+        raise FileNotFoundError(str(error)) from error
 
 
 def optimize() -> None:
@@ -106,39 +124,112 @@ def plot_train() -> None:
     """rl-zoo3's plot_train: training curves, from the Monitor logs."""
     from rl_zoo3.plots import plot_train as program
 
-    program()
+    _as_folder_names("-e", "--env")
+    _plot(program)
 
 
 def plot_from_file() -> None:
     """rl-zoo3's plot_from_file: comparisons, from the output of all-plots."""
     from rl_zoo3.plots import plot_from_file as program
 
-    program()
+    _require(("-i", "--input"))
+    if {"-latex", "--latex"} & set(sys.argv) and not shutil.which("latex"):
+        sys.exit("sb3-flow: error: argument -latex/--latex: needs LaTeX: apt-get install texlive-latex-extra cm-super dvipng")
+    _as_folder_names("--keep-envs")
+    _as_folder_names("-skip", "--skip-envs")
+    try:
+        _plot(program)
+    except KeyError as error:
+        sys.exit(f"sb3-flow: error: {error} is not there for each environment: leave it out with --skip-keys or --skip-envs")
 
 
 def all_plots() -> None:
     """rl-zoo3's all_plots: evaluations of several algorithms and environments, and their table."""
     from rl_zoo3.plots import all_plots as program
 
-    program()
+    _require(("-a", "--algos"), ("-e", "--env"), ("-f", "--exp-folders"))
+    _as_folder_names("-e", "--env")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-o", "--output")
+    output = parser.parse_known_args()[0].output
+    _plot(program)
+    if output is None:
+        return
+    # The last evaluations of a single run, or of a single episode, become one number, which plot-from-file leaves out
+    path = Path(f"{output}.pkl")
+    results = pickle.loads(path.read_bytes())
+    for name, algos in results.items():
+        for result in algos.values() if name != "results_table" else ():
+            if np.ndim(result["last_evals"]) == 0:
+                result["last_evals"] = result["mean_per_eval"][-1]
+    path.write_bytes(pickle.dumps(results))
+
+
+def _plot(program: Callable[[], Any]) -> None:
+    """Without a screen to show them on, the figures are saved in the working directory."""
+    from matplotlib import pyplot as plt
+
+    def save(*args, **kwargs) -> None:
+        for number in plt.get_fignums():
+            path = f"{sys.argv[0].split()[-1]}_{number}.png"
+            plt.figure(number).savefig(path, bbox_inches="tight")
+            print(f"Figure: {path}")
+        plt.close("all")
+
+    set_title = plt.title
+
+    def title(label: str, *args, **kwargs) -> Any:
+        # It has this title for all environments
+        return set_title("Final performance" if label == "PyBullet envs" else label, *args, **kwargs)
+
+    has_screen = plt.get_backend().lower() != "agg"
+    with mock.patch.multiple(plt, title=title, show=plt.show if has_screen else save):
+        program()
+
+
+def _as_folder_names(*option: str) -> None:
+    """dm_control/cheetah-run-v0 is in the folder dm_control-cheetah-run-v0_1: the plots know environments by these names."""
+    from huggingface_sb3 import EnvironmentName
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*option, nargs="+", dest="envs")
+    args, rest = parser.parse_known_args()
+    if args.envs:
+        sys.argv[1:] = [*rest, option[0], *map(EnvironmentName, args.envs)]
+
+
+def _require(*options: tuple[str, str]) -> None:
+    """What rl-zoo3's program cannot do without, although its parser can."""
+    given = {arg.split("=")[0] for arg in sys.argv}
+    missing = ["/".join(option) for option in options if not given.intersection(option)]
+    if missing and not given & {"-h", "--help"}:
+        sys.exit(f"sb3-flow: error: the following arguments are required: {', '.join(missing)}")
 
 
 def benchmark() -> None:
     """rl-zoo3's benchmark: evaluate all trained agents of a log folder."""
+    import rl_zoo3.utils
+    from huggingface_sb3 import EnvironmentName
+
     _add_defaults("--log-dir", "logs", "--no-hub")
-    call = subprocess.call
+    call, get_trained_models = subprocess.call, rl_zoo3.utils.get_trained_models
 
     def call_enjoy(command: list[str], *args, **kwargs) -> int:
         # It looks for enjoy.py in the working directory
         if command[:2] == ["python", "enjoy.py"]:
-            command = [sys.executable, "-m", "sb3_flow.zoo", "enjoy", *command[2:]]
+            options = [arg.gym_id if isinstance(arg, EnvironmentName) else arg for arg in command[2:]]
+            command = [sys.executable, "-m", "sb3_flow.zoo", "enjoy", *options]
         return call(command, *args, **kwargs)
 
-    subprocess.call = call_enjoy  # type: ignore[assignment]
-    try:
+    def trained_models_by_folder(log_folder: str) -> dict[str, tuple[str, str]]:
+        # It looks for the id of an environment in the names of folders, which have no slash
+        return {name: (algo, EnvironmentName(env_id)) for name, (algo, env_id) in get_trained_models(log_folder).items()}
+
+    with (
+        mock.patch.object(subprocess, "call", call_enjoy),
+        mock.patch.object(rl_zoo3.utils, "get_trained_models", trained_models_by_folder),
+    ):
         runpy.run_module("rl_zoo3.benchmark", run_name="__main__")
-    finally:
-        subprocess.call = call
 
 
 def evaluate() -> None:
@@ -245,6 +336,8 @@ def main() -> None:
     command = sys.argv.pop(1)
     if command not in COMMANDS:
         sys.exit(f"{usage}\nsb3-flow: error: unknown command {command!r}, it must be one of {', '.join(COMMANDS)}")
+    # For the usage
+    sys.argv[0] = f"sb3-flow {command}"
     try:
         register()
         COMMANDS[command]()

@@ -1,5 +1,6 @@
 """rl-zoo3's experiment manager, with runs that can be resumed."""
 
+import os
 import pickle
 import re
 import shutil
@@ -9,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import optuna
 from huggingface_sb3 import EnvironmentName
+from optuna.trial import TrialState
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -20,6 +24,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
+from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
 
 def vecnormalize_path(checkpoint: Path) -> Path:
@@ -113,6 +118,11 @@ def _learn_both_phases(learn: Callable, offline_steps: int, total_timesteps: int
     return learn(total_timesteps - offline_steps, **kwargs)
 
 
+class _TrueZero(int):
+    def __bool__(self) -> bool:
+        return True
+
+
 class FlowExperimentManager(ExperimentManager):
     """
     rl-zoo3's ``ExperimentManager``, whose checkpoints hold all that is needed to go on from them.
@@ -126,6 +136,10 @@ class FlowExperimentManager(ExperimentManager):
     def __init__(self, *args, resume: Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.deterministic_eval = self.deterministic_eval and self.algo not in EVALUATED_WITH_NOISE
+        if self.trial_id == 0:
+            # rl-zoo3 takes the first trial for none
+            self.trial_id = _TrueZero()
+        self.study: optuna.Study | None = None
         self.resumed_timesteps = 0
         if resume is not None:
             self.resumed_timesteps = last_checkpoint(resume)[1]
@@ -157,6 +171,14 @@ class FlowExperimentManager(ExperimentManager):
             env.training = False
             env.norm_reward = False
         return env
+
+    def create_log_folder(self) -> None:
+        # A search has no run of its own, which would be taken for the latest one
+        if not self.optimize_hyperparameters:
+            super().create_log_folder()
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         is_new = not Path(self.save_path).exists()
@@ -204,26 +226,60 @@ class FlowExperimentManager(ExperimentManager):
                 callback.evaluations_length.append(lengths.tolist())
                 callback.best_mean_reward = max(callback.best_mean_reward, float(results.mean()))
 
-    def hyperparameters_optimization(self) -> None:
-        """A trial learns offline first, as a training does, and is evaluated and pruned along the way of both phases."""
-        offline_steps = self._hyperparams.get("offline_steps", 0)
-        if offline_steps == 0:
-            super().hyperparameters_optimization()
-            return
-        algorithm = ALGOS[self.algo]
+    def objective(self, trial: optuna.Trial) -> float:
+        # Which of the workers ran it
+        trial.set_user_attr("pid", os.getpid())
+        return super().objective(trial)
 
-        def create(**kwargs) -> BaseAlgorithm:
+    def _create_study(self, create_study: Callable[..., optuna.Study], **kwargs) -> optuna.Study:
+        """In a storage with a heartbeat, and with all of its ``max_total_trials`` done."""
+        if self.storage is None:
+            self.study = create_study(**kwargs)
+            return self.study
+        self.study = create_study(**{**kwargs, "storage": open_storage(self.storage)})
+        if self.study.trials:
+            # Not the same suggestions again
+            self.study.sampler.reseed_rng()
+        if self.max_total_trials is not None:
+            try:
+                optimize_together(self.study, self.objective, self.max_total_trials, self.n_jobs)
+            except KeyboardInterrupt:
+                pass
+            # rl-zoo3, which would not wait for the trials of other workers, has only the report to write
+            self.n_trials, self.max_total_trials = self.max_total_trials, 0
+        return self.study
+
+    def hyperparameters_optimization(self) -> None:
+        """
+        A trial learns offline first, as a training does, and is evaluated and pruned along the way of both phases.
+        Workers that share a storage take over the trials of those that were killed.
+        """
+        algorithm = ALGOS[self.algo]
+        offline_steps = self._hyperparams.get("offline_steps", 0)
+
+        def create_model(**kwargs) -> BaseAlgorithm:
             model = algorithm(**kwargs)
             # rl-zoo3 has one number of timesteps, that of both phases
             model.learn = partial(_learn_both_phases, model.learn, offline_steps)  # type: ignore[method-assign]
             return model
 
         self.n_timesteps += offline_steps
-        ALGOS[self.algo] = create  # type: ignore[assignment]
-        try:
-            super().hyperparameters_optimization()
-        finally:
-            ALGOS[self.algo] = algorithm
+        with (
+            mock.patch.object(optuna, "create_study", partial(self._create_study, optuna.create_study)),
+            mock.patch.dict(ALGOS, {self.algo: create_model} if offline_steps else {}),
+        ):
+            try:
+                super().hyperparameters_optimization()
+            except ValueError as error:
+                if self.study is None or self.study.get_trials(states=[TrialState.COMPLETE]):
+                    raise
+                raise SystemExit("sb3-flow: error: no trial was completed: all were pruned or failed") from error
+        if self.storage is not None:
+            assert self.study is not None
+            number = self.study.best_trial.number
+            print(
+                f"The best trial is number {number}, to train with: --study-name {self.study.study_name} --trial-id {number}"
+            )
 
     def learn(self, model: BaseAlgorithm) -> None:
         if self.resumed_timesteps:

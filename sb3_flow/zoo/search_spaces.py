@@ -28,18 +28,19 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
     :param additional_args: What samplers of rl-zoo3 get, not used
     :return: hyperparameters
     """
-    n_steps_pow = trial.suggest_int("n_steps_pow", 5, 10)
-    # A power of two up to the size of the rollout divides it
-    rollout_pow = n_steps_pow + (n_envs & -n_envs).bit_length() - 1
+    # Rollouts of 1,024 to 16,384 transitions. A power of two up to the smallest divides them all: the bounds are the same
+    # in each trial, as the sampler wants them
+    n_envs_pow = (n_envs & -n_envs).bit_length() - 1
+    min_n_steps_pow = max(10 - n_envs_pow, 3)
     params = {
-        "n_steps_pow": n_steps_pow,
-        "batch_size_pow": trial.suggest_int("batch_size_pow", 4, min(rollout_pow, 12)),
+        "n_steps_pow": trial.suggest_int("n_steps_pow", min_n_steps_pow, min_n_steps_pow + 4),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
         "n_epochs": trial.suggest_categorical("n_epochs", [5, 10, 16, 20]),
         "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
-        # Larger ones than PPO's collapse
-        "clip_range": trial.suggest_float("clip_range", 0.01, 0.2, log=True),
+        # It collapses with PPO's 0.2
+        "clip_range": trial.suggest_float("clip_range", 0.01, 0.1, log=True),
         "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
         "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
         "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
