@@ -188,14 +188,15 @@ def test_terminations_stop_bootstrapping_truncations_do_not():
         assert np.array_equal(batch.dones.flatten(), last % 3 == 0)
 
 
-def test_ensemble_equals_its_members():
+@pytest.mark.parametrize("forward", [EnsembleMLP.forward, EnsembleMLP.forward_batched, EnsembleMLP.forward_in_turn])
+def test_ensemble_equals_its_members(forward):
     """One batched product for each layer, or one member after the other."""
     ensemble = EnsembleMLP(3, 5, [8, 8])
     with th.no_grad():
         for values in (*ensemble.norm_weights, *ensemble.norm_biases, *ensemble.biases):
             values.add_(th.randn_like(values))
     inputs = th.randn(10, 5)
-    outputs = ensemble(inputs)
+    outputs = forward(ensemble, inputs)
     assert outputs.shape == (3, 10)
     for k in range(3):
         layers = [(weight[k], bias[k]) for weight, bias in zip(ensemble.weights, ensemble.biases, strict=True)]

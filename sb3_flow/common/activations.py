@@ -44,19 +44,20 @@ def _is_faster(x: th.Tensor) -> bool:
 
 
 def _tanh_gelu(x: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
-    denominator = _exp_minus_u(x.square(), x).add_(1.0)
+    square = x.square()
+    denominator = _one_plus_exp_minus_u(square, x, out=square)
     return th.div(x, denominator, out=denominator if out is None else out)
 
 
-def _exp_minus_u(square: th.Tensor, x: th.Tensor) -> th.Tensor:
-    return th.addcmul(x, square, x, value=CUBIC).mul_(-SLOPE).exp_()
+def _one_plus_exp_minus_u(square: th.Tensor, x: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
+    return th.addcmul(x, square, x, value=CUBIC, out=out).mul_(-SLOPE).exp_().add_(1.0)
 
 
 class _WithDerivative(th.autograd.Function):
     @staticmethod
     def forward(ctx, x: th.Tensor) -> th.Tensor:  # type: ignore[override]
         square = x.square()
-        p = _exp_minus_u(square, x).add_(1.0).reciprocal_()
+        p = _one_plus_exp_minus_u(square, x).reciprocal_()
         result = x * p
         # p + x p (1 - p) du/dx
         derivative = square.mul_(3 * CUBIC * SLOPE).add_(SLOPE).mul_(result)

@@ -14,6 +14,9 @@ from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
 from sb3_flow.common.in_place import EulerIntegrator, Prepared
 from sb3_flow.common.samplers import SAMPLERS, VelocityField
 
+#: That of Flax
+LAYER_NORM_EPS = 1e-6
+
 
 class TimestepEmbedding(nn.Module):
     """
@@ -188,7 +191,7 @@ def lecun_uniform_init(module: nn.Module) -> None:
 
 class EnsembleMLP(nn.Module):
     """
-    Several MLPs of the same shape, with one output each, evaluated together: one batched matrix product for each layer.
+    Several MLPs of the same shape, with one output each.
 
     :param n_members: Number of MLPs
     :param input_dim: Number of inputs
@@ -222,6 +225,10 @@ class EnsembleMLP(nn.Module):
         :param inputs: (batch, input_dim), the same for all members
         :return: (n_members, batch)
         """
+        return self.forward_in_turn(inputs) if inputs.device.type == "cpu" else self.forward_batched(inputs)
+
+    def forward_batched(self, inputs: th.Tensor) -> th.Tensor:
+        """One batched matrix product for each layer, see :meth:`forward`."""
         x = inputs.expand(len(self.weights[0]), -1, -1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -229,9 +236,27 @@ class EnsembleMLP(nn.Module):
             if layer < last:
                 x = self.activation(x)
                 if self.layer_norm:
-                    x = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+                    x = nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
                     x = th.addcmul(self.norm_biases[layer], x, self.norm_weights[layer])
         return x.squeeze(-1)
+
+    def forward_in_turn(self, inputs: th.Tensor) -> th.Tensor:
+        """One member after the other, what a layer of one of them needs stays in the cache of a CPU, see :meth:`forward`."""
+        groups = (self.weights, self.biases, self.norm_weights, self.norm_biases)
+        weights, biases, norm_weights, norm_biases = ([parameter.unbind() for parameter in group] for group in groups)
+        last = len(weights) - 1
+        outputs = []
+        for member in range(len(weights[0])):
+            x = inputs
+            for layer in range(len(weights)):
+                x = th.addmm(biases[layer][member], x, weights[layer][member])
+                if layer < last:
+                    x = self.activation(x)
+                    if self.layer_norm:
+                        scale, shift = norm_weights[layer][member][0], norm_biases[layer][member][0]
+                        x = nn.functional.layer_norm(x, scale.shape, scale, shift, LAYER_NORM_EPS)
+            outputs.append(x.squeeze(-1))
+        return th.stack(outputs)
 
 
 def xavier_uniform_init(module: nn.Module) -> None:
