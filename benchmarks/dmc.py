@@ -1,0 +1,95 @@
+"""
+FPO against PPO on the ten DMC tasks of the FPO paper, and on four MuJoCo tasks: `python benchmarks/dmc.py`
+
+Each run is one `sb3-flow train` in a process of its own, with one thread, then 20 episodes from zero noise (PPO: of the mean
+action) and 20 stochastic ones. It leaves a JSON file in benchmarks/results/dmc; runs whose file is there are not repeated, so
+that an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --seeds, --jobs).
+`python benchmarks/report.py` makes tables and figures of the files.
+
+FPO has the hyperparameters of hyperparams/fpo.yml. PPO has those of benchmarks/ppo.yml on the DMC tasks, tuned as FPO's were
+(see tune.py), and those of rl-zoo3 on the MuJoCo tasks.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from runs import ROOT, Job, provenance, run_jobs, train_and_evaluate
+
+RESULTS = ROOT / "benchmarks" / "results" / "dmc"
+DMC = [
+    f"dm_control/{task}-v0"
+    for task in ("ball_in_cup-catch", "cartpole-balance", "cheetah-run", "finger-spin", "finger-turn_easy",
+                 "finger-turn_hard", "fish-swim", "point_mass-easy", "reacher-easy", "reacher-hard")
+]  # fmt: skip
+MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"]
+ALGOS = ("fpo", "ppo")
+
+
+def hyperparameters(algo: str, env_id: str) -> dict[str, Any]:
+    """The block of hyperparameters, in rl-zoo3's format."""
+    import rl_zoo3
+
+    if algo == "fpo":
+        conf_file = ROOT / "hyperparams" / "fpo.yml"
+    elif env_id in DMC:
+        conf_file = ROOT / "benchmarks" / "ppo.yml"
+    else:
+        # It has none for v5
+        conf_file, env_id = Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml", env_id.replace("-v5", "-v4")
+    return yaml.safe_load(conf_file.read_text())[env_id]
+
+
+def result_file(algo: str, env_id: str, seed: int) -> Path:
+    return RESULTS / f"{env_id.split('/')[-1]}-{algo}-seed{seed}.json"
+
+
+def is_done(algo: str, env_id: str, seed: int, steps: int) -> bool:
+    """Whether there is a result, of these steps and hyperparameters."""
+    file = result_file(algo, env_id, seed)
+    if not file.exists():
+        return False
+    result = json.loads(file.read_text())
+    return result["steps"] == steps and result["hyperparameters"] == hyperparameters(algo, env_id)
+
+
+def run(algo: str, env_id: str, seed: int, steps: int, logs: Path) -> None:
+    """One run, in this process."""
+    evaluations = ["--eval-freq", str(steps // 10), "--eval-episodes", "5", "--n-eval-envs", "5"]
+    result = train_and_evaluate(
+        algo, env_id, steps, seed, hyperparameters(algo, env_id), logs / f"{algo}-seed{seed}", train_arguments=evaluations
+    )
+    command = f"python benchmarks/dmc.py --tasks {env_id} --algos {algo} --seeds {seed} --steps {steps}"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result_file(algo, env_id, seed).write_text(json.dumps(dict(algo=algo, **result, command=command, **provenance())) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=[*DMC, *MUJOCO], default=[*DMC, *MUJOCO], metavar="ENV")
+    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--logs", type=Path, default=Path("logs/dmc"))
+    parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run_one:
+        run(args.algos[0], args.tasks[0], args.seeds[0], args.steps, args.logs)
+        return
+    jobs = []
+    for seed in args.seeds:
+        for env_id in args.tasks:
+            for algo in args.algos:
+                if not is_done(algo, env_id, seed, args.steps):
+                    arguments = ["--run-one", "--tasks", env_id, "--algos", algo, "--seeds", str(seed),
+                                 "--steps", str(args.steps), "--logs", str(args.logs)]  # fmt: skip
+                    jobs.append(Job(result_file(algo, env_id, seed).stem, [__file__, *arguments]))
+    print(f"{len(jobs)} runs to do", flush=True)
+    run_jobs(jobs, args.jobs, args.logs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""
+Tables and figures of what dmc.py has left in benchmarks/results/dmc: `python benchmarks/report.py`
+
+It writes docs/guide/results.rst, and the figures beside the results. Aggregates are rliable's, with 95 % stratified bootstrap
+intervals: https://arxiv.org/abs/2108.13264
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from dmc import ALGOS, DMC, MUJOCO, RESULTS
+from rliable import library, metrics
+from runs import N_EVAL_EPISODES, ROOT
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of the backend)
+
+PAGE = ROOT / "docs" / "guide" / "results.rst"
+#: Colour-blind safe
+COLORS = {"fpo": "#0072B2", "ppo": "#D55E00"}
+#: What the paper has: mean of the ten tasks over that of tuned PPO, and the number of tasks ahead
+PAPER_RATIO, PAPER_WINS = 1.137, 8
+
+Runs = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def load(tasks: list[str]) -> Runs:
+    """Results by task and algorithm, of tasks that both algorithms have, and of the same seeds."""
+    runs: Runs = {}
+    for env_id in tasks:
+        by_seed = {
+            algo: {
+                result["seed"]: result
+                for file in sorted(RESULTS.glob(f"{env_id.split('/')[-1]}-{algo}-seed*.json"))
+                for result in [json.loads(file.read_text())]
+            }
+            for algo in ALGOS
+        }
+        seeds = sorted(set.intersection(*(set(results) for results in by_seed.values())))
+        if seeds:
+            runs[env_id] = {algo: [by_seed[algo][seed] for seed in seeds] for algo in ALGOS}
+    return runs
+
+
+def returns(results: list[dict[str, Any]], kind: str = "deterministic") -> np.ndarray:
+    return np.array([result[kind]["mean_return"] for result in results])
+
+
+def aggregates(runs: Runs, scale: float) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """IQM and mean over tasks and seeds, with their intervals. Each task needs the same number of seeds."""
+    n_seeds = min(len(results) for task in runs.values() for results in task.values())
+    scores = {
+        algo: np.stack([returns(task[algo])[:n_seeds] for task in runs.values()], axis=1) / scale for algo in ALGOS
+    }  # fmt: skip
+    points, intervals = library.get_interval_estimates(
+        scores, lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_mean(x)]), reps=10_000
+    )
+    return {
+        algo: {
+            name: (scale * points[algo][k], scale * intervals[algo][0, k], scale * intervals[algo][1, k])
+            for k, name in enumerate(("IQM", "mean"))
+        }
+        for algo in ALGOS
+    }
+
+
+def plot_curves(runs: Runs, path: Path) -> None:
+    """Training returns of each task, mean over seeds and the range of the seeds."""
+    n_columns = min(len(runs), 5)
+    n_rows = -(-len(runs) // n_columns)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(2.3 * n_columns, 2.1 * n_rows), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(runs) :]:
+        ax.set_axis_off()
+    for ax, (env_id, task) in zip(axes.flat, runs.items(), strict=False):
+        for algo in ALGOS:
+            steps = np.array([step for step, _ in task[algo][0]["training_curve"]])
+            curves = np.array(
+                [np.interp(steps, *np.array(result["training_curve"]).T) for result in task[algo]]
+            )  # fmt: skip
+            ax.plot(steps / 1e6, curves.mean(axis=0), color=COLORS[algo], linewidth=1.2, label=algo.upper())
+            ax.fill_between(steps / 1e6, curves.min(axis=0), curves.max(axis=0), color=COLORS[algo], alpha=0.2, linewidth=0)
+        ax.set_title(env_id.split("/")[-1].rsplit("-", 1)[0], fontsize=8)
+        ax.tick_params(labelsize=7)
+    figure.supxlabel("million steps", fontsize=8)
+    figure.supylabel("return in training", fontsize=8)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [".. list-table::", "    :header-rows: 1", ""]
+    for row in [header, *rows]:
+        lines += [f"    {'*' if k == 0 else ' '} - {cell}".rstrip() for k, cell in enumerate(row)]
+    return "\n".join(lines) + "\n"
+
+
+def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
+    header = ["", "seeds", "FPO", "PPO", "FPO / PPO", "FPO, stochastic", "PPO, stochastic", "FPO, steps/s", "PPO, steps/s"]
+    rows, wins, means = [], 0, {algo: [] for algo in ALGOS}  # type: ignore[var-annotated]
+    for env_id, task in runs.items():
+        deterministic, stochastic = ({algo: returns(task[algo], kind) for algo in ALGOS} for kind in ("deterministic", "stochastic"))
+        wins += int(deterministic["fpo"].mean() > deterministic["ppo"].mean())
+        for algo in ALGOS:
+            means[algo].append(deterministic[algo].mean())
+        speeds = [np.mean([result["steps"] / result["train_seconds"] for result in task[algo]]) for algo in ALGOS]
+        rows.append(
+            [
+                env_id.split("/")[-1],
+                ", ".join(str(result["seed"]) for result in task["fpo"]),
+                *(f"{deterministic[algo].mean():.0f} ± {deterministic[algo].std():.0f}" for algo in ALGOS),
+                f"{deterministic['fpo'].mean() / deterministic['ppo'].mean():.2f}",
+                *(f"{stochastic[algo].mean():.0f} ± {stochastic[algo].std():.0f}" for algo in ALGOS),
+                *(f"{speed:.0f}" for speed in speeds),
+            ]
+        )
+    total = {algo: float(np.mean(means[algo])) for algo in ALGOS}
+    ratio = total["fpo"] / total["ppo"]
+    rows.append(["**mean**", "", *(f"**{total[algo]:.0f}**" for algo in ALGOS), f"**{ratio:.2f}**", "", "", "", ""])
+    estimates = aggregates(runs, scale)
+    aggregate_rows = [
+        [name, *("{:.0f} [{:.0f}, {:.0f}]".format(*estimates[algo][name]) for algo in ALGOS)] for name in ("IQM", "mean")
+    ]
+    plot_curves(runs, figure)
+    n_steps = {result["steps"] for task in runs.values() for results in task.values() for result in results}
+    return "\n".join(
+        [
+            title,
+            "-" * len(title),
+            "",
+            f"{', '.join(f'{n:,}' for n in sorted(n_steps))} steps. Deterministic return (FPO: from zero noise, PPO: of the mean "
+            f"action) over {N_EVAL_EPISODES} episodes at the end, mean ± standard deviation over seeds. Steps per second are those "
+            "of the training, one thread; other runs shared the machine.",
+            "",
+            table(header, rows),
+            f"FPO is ahead on {wins} of {len(runs)} tasks.",
+            "",
+            "Over tasks and seeds, with 95 % stratified bootstrap intervals:",
+            "",
+            table(["", "FPO", "PPO"], aggregate_rows),
+            f".. image:: ../../{figure.relative_to(ROOT)}",
+            "",
+            "Lines: mean over seeds; bands: from the worst to the best seed.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    dmc, mujoco = load(DMC), load(MUJOCO)
+    sections = []
+    if dmc:
+        sections += [section("DeepMind Control", dmc, 1000.0, RESULTS / "dmc.png")]
+        sections += [
+            f"The paper has {PAPER_RATIO} times the mean of tuned PPO and {PAPER_WINS} of 10 tasks ahead, with 60 million steps of "
+            "another simulator, 2048 environments and 5 seeds.\n"
+        ]
+    if mujoco:
+        sections += [section("MuJoCo", mujoco, 1.0, RESULTS / "mujoco.png")]
+    results = [result for task in [*dmc.values(), *mujoco.values()] for runs in task.values() for result in runs]
+    versions, hardware = results[0]["versions"], sorted({result["hardware"] for result in results})
+    page = "\n".join(
+        [
+            ".. Made by benchmarks/report.py: change it there",
+            "",
+            "Results",
+            "=======",
+            "",
+            "FPO against PPO. FPO has the hyperparameters of ``hyperparams/fpo.yml``; PPO has those of ``benchmarks/ppo.yml`` on the",
+            "tasks of the DeepMind Control suite, tuned in the same way and with the same budget, and those of rl-zoo3 on MuJoCo's.",
+            "",
+            *sections,
+            "To replicate (interrupted, it goes on where it stopped):",
+            "",
+            ".. code-block:: bash",
+            "",
+            "    python benchmarks/dmc.py --jobs 2",
+            "    python benchmarks/report.py",
+            "",
+            "Raw results, with curves, commands and commits: ``benchmarks/results/dmc``. "
+            + ", ".join(f"{name} {number}" for name, number in versions.items())
+            + f"; {'; '.join(hardware)}.",
+            "",
+        ]
+    )
+    PAGE.write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""
+Tune the hyperparameters that the DMC tasks share, with Optuna: `python benchmarks/tune.py --algo fpo --trials 12`
+
+A trial is one run on each of some tasks, 250,000 steps each, and its value their mean deterministic return. It is pruned
+after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both; the
+first trial of each is the same known setting. The study is in a journal file: further calls, at the same time or later,
+go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from runs import ROOT, Job, run_jobs, train_and_evaluate
+
+RESULTS = ROOT / "benchmarks" / "results" / "tuning"
+TASKS = [f"dm_control/{task}-v0" for task in ("cheetah-run", "finger-spin", "reacher-hard", "fish-swim")]
+#: Not among the seeds of dmc.py
+SEED = 1000
+NET_ARCHS = {"4x32": [32] * 4, "2x64": [64] * 2, "3x64": [64] * 3, "2x128": [128] * 2}
+SHARED = {"n_steps": 128, "batch_size": 256, "n_epochs": 10, "learning_rate": 4e-4, "gamma": 0.99, "exploration_std": 0.3}
+FIRST_TRIAL: dict[str, dict[str, Any]] = {
+    "fpo": {**SHARED, "net_arch": "4x32", "clip_range": 0.05, "n_flow_steps": 10, "supervision": "noise",
+            "ratio_type": "averaged", "trust_region": "ppo"},
+    "ppo": {**SHARED, "net_arch": "2x64", "clip_range": 0.2, "ent_coef": 0.0, "activation_fn": "silu"},
+}  # fmt: skip
+
+
+def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
+    """Hyperparameters in rl-zoo3's format."""
+    n_steps = trial.suggest_categorical("n_steps", [64, 128, 256])
+    batch_size = trial.suggest_categorical("batch_size", [128, 256, 512])
+    n_epochs = trial.suggest_categorical("n_epochs", [5, 10, 20])
+    learning_rate = trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True)
+    gamma = trial.suggest_categorical("gamma", [0.97, 0.98, 0.99, 0.995])
+    # Standard deviation of the actions of a new policy, before they are squashed (FPO) or clipped (PPO)
+    std = trial.suggest_float("exploration_std", 0.15, 1.0, log=True)
+    net_arch = NET_ARCHS[trial.suggest_categorical("net_arch", list(NET_ARCHS))]
+    hyperparameters: dict[str, Any] = dict(
+        env_wrapper="gymnasium.wrappers.FlattenObservation",
+        normalize=True,
+        n_envs=16,
+        n_timesteps=1e6,
+        policy="MlpPolicy",
+        n_steps=n_steps,
+        batch_size=batch_size,
+        n_epochs=n_epochs,
+        learning_rate=f"lin_{learning_rate:.2e}",
+        gamma=gamma,
+    )
+    networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256])"
+    if algo == "fpo":
+        n_flow_steps = trial.suggest_categorical("n_flow_steps", [5, 10])
+        return dict(
+            **hyperparameters,
+            clip_range=float(f"{trial.suggest_float('clip_range', 0.02, 0.2, log=True):.3f}"),
+            supervision=trial.suggest_categorical("supervision", ["noise", "velocity"]),
+            ratio_type=trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
+            trust_region=trial.suggest_categorical("trust_region", ["ppo", "aspo"]),
+            policy_kwargs=f"dict({networks}, action_scale={std:.2f}, n_flow_steps={n_flow_steps})",
+        )
+    activation_fn = {"silu": "nn.SiLU", "tanh": "nn.Tanh"}[trial.suggest_categorical("activation_fn", ["silu", "tanh"])]
+    return dict(
+        **hyperparameters,
+        clip_range=float(f"{trial.suggest_float('clip_range', 0.1, 0.4, log=True):.3f}"),
+        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.001, 0.01]),
+        policy_kwargs=f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn={activation_fn})",
+    )
+
+
+def objective(trial: optuna.Trial, algo: str, steps: int, logs: Path) -> float:
+    hyperparameters = suggest(algo, trial)
+    trial.set_user_attr("hyperparameters", hyperparameters)
+    returns: list[float] = []
+    for task in TASKS:
+        folder = logs / f"{algo}-{trial.number}-{task.replace('/', '-')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hyperparameters.json").write_text(json.dumps(hyperparameters))
+        arguments = [__file__, "--algo", algo, "--steps", str(steps), "--run-one", task, "--logs", str(folder)]
+        run_jobs([Job(folder.name, arguments)], 1, logs)
+        returns.append(json.loads((folder / "result.json").read_text())["deterministic"]["mean_return"])
+        trial.set_user_attr(task, returns[-1])
+        mean = sum(returns) / len(returns)
+        trial.report(mean, len(returns))
+        if trial.should_prune() and len(returns) < len(TASKS):
+            raise optuna.TrialPruned
+    return mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algo", choices=list(FIRST_TRIAL), default="fpo")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=250_000)
+    parser.add_argument("--logs", type=Path, default=Path("logs/tuning"))
+    parser.add_argument("--run-one", metavar="TASK", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run_one:
+        hyperparameters = json.loads((args.logs / "hyperparameters.json").read_text())
+        nothing_between = ["--eval-freq", "-1", "--save-freq", "-1"]
+        result = train_and_evaluate(args.algo, args.run_one, args.steps, SEED, hyperparameters, args.logs, 10, nothing_between)
+        (args.logs / "result.json").write_text(json.dumps(result))
+        return
+
+    args.logs.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        study_name=args.algo,
+        storage=JournalStorage(JournalFileBackend(str(args.logs / "journal.log"))),
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(n_startup_trials=6, multivariate=True, constant_liar=True),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+        load_if_exists=True,
+    )
+    if not study.trials:
+        study.enqueue_trial(FIRST_TRIAL[args.algo])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for _ in range(args.trials):
+        study.optimize(lambda trial: objective(trial, args.algo, args.steps, args.logs), n_trials=1)
+        study.trials_dataframe().to_csv(RESULTS / f"{args.algo}.csv", index=False)
+    print(study.best_trial.number, study.best_value, study.best_trial.user_attrs)
+
+
+if __name__ == "__main__":
+    main()
