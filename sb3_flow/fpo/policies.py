@@ -22,7 +22,7 @@ from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
 from sb3_flow.common.in_place import InPlaceMLP, Prepared
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
-from sb3_flow.common.samplers import SAMPLERS
+from sb3_flow.common.samplers import check_sampler
 
 
 class FlowPolicy(ActorCriticPolicy):
@@ -61,7 +61,9 @@ class FlowPolicy(ActorCriticPolicy):
     :param prediction_type: What the flow network predicts: "velocity", "noise" or "action"
     :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
-    :param sampler: "euler" or "sde" (stochastic Euler)
+    :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
+        (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
+        It can be changed later: :meth:`set_sampler`.
     :param sampler_sigma: Standard deviation of the noise that the "sde" sampler adds at each step
     :param action_perturbation_std: Standard deviation of the Gaussian noise added to the raw actions
         during training (exploration); predictions are not perturbed
@@ -100,15 +102,11 @@ class FlowPolicy(ActorCriticPolicy):
     ):
         _check_action_space(action_space, squash_output)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        check_choice("sampler", sampler, SAMPLERS)
+        check_sampler(sampler, n_flow_steps, sampler_sigma)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
-        if n_flow_steps < 1:
-            raise ValueError(f"`n_flow_steps` must be at least 1, it is {n_flow_steps}")
-        for name, value in [("sampler_sigma", sampler_sigma), ("action_perturbation_std", action_perturbation_std)]:
-            if value < 0:
-                raise ValueError(f"`{name}` must not be negative, it is {value}")
-
+        if action_perturbation_std < 0:
+            raise ValueError(f"`action_perturbation_std` must not be negative, it is {action_perturbation_std}")
         if not action_scale > 0:
             raise ValueError(f"`action_scale` must be positive, it is {action_scale}")
         if action_scale != 1 and not squash_output:
@@ -123,6 +121,8 @@ class FlowPolicy(ActorCriticPolicy):
         self.sampler_sigma = sampler_sigma
         self.action_perturbation_std = action_perturbation_std
         self.ema_decay: float | None = None
+        # Arguments of the constructor that set_sampler() has changed
+        self.changed_sampler: dict[str, Any] = {}
         self._prepared = Prepared()
 
         super().__init__(
@@ -198,6 +198,28 @@ class FlowPolicy(ActorCriticPolicy):
             )
         )
         return data
+
+    def set_sampler(
+        self, sampler: str | None = None, n_flow_steps: int | None = None, sampler_sigma: float | None = None
+    ) -> None:
+        """
+        Sample in another way from now on, also after training: the flow stays the same. It is saved with the model.
+
+        If the training goes on, its rollouts are sampled this way too, and with ``timestep_distribution="grid"`` the CFM
+        losses are taken at the times of this number of steps.
+
+        :param sampler: "euler", "sde", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the others.
+        :param n_flow_steps: Number of steps
+        :param sampler_sigma: Standard deviation of the noise that the "sde" sampler adds at each step
+        :raises ValueError: if an argument is unknown or out of its range
+        :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
+        """
+        sampler = self.sampler if sampler is None else sampler
+        n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
+        sampler_sigma = self.sampler_sigma if sampler_sigma is None else sampler_sigma
+        check_sampler(sampler, n_flow_steps, sampler_sigma)
+        self.sampler, self.n_flow_steps, self.sampler_sigma = sampler, int(n_flow_steps), sampler_sigma
+        self.changed_sampler = dict(sampler=sampler, n_flow_steps=int(n_flow_steps), sampler_sigma=sampler_sigma)
 
     def create_ema(self, ema_decay: float) -> None:
         """
