@@ -20,9 +20,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
 from sb3_flow.common.in_place import InPlaceMLP, Prepared
+from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
-from sb3_flow.common.samplers import check_sampler
+from sb3_flow.common.samplers import VelocityField, check_sampler
 
 
 class FlowPolicy(ActorCriticPolicy):
@@ -299,9 +300,37 @@ class FlowPolicy(ActorCriticPolicy):
         :param deterministic: Whether to integrate from zero noise ("zero-sampling" of FPO++) or from a random one
         :return: Raw action, (batch, action_dim)
         """
+        return self._sample(*self._predicting_actor(observation), deterministic)
+
+    def _predicting_actor(self, obs: PyTorchObs) -> tuple[FlowNetwork, th.Tensor]:
+        """The flow network that predicts, and the features that it takes."""
         features_extractor, action_net = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
-        features = BasePolicy.extract_features(self, observation, cast(BaseFeaturesExtractor, features_extractor))
-        return self._sample(cast(FlowNetwork, action_net), features, deterministic)
+        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
+        return cast(FlowNetwork, action_net), features
+
+    def velocity_field(self, obs: PyTorchObs) -> VelocityField:
+        """
+        The velocity field that the policy predicts with, for pictures and diagnostics.
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :return: function of x, (batch, action_dim), and the time, a float, to the velocity, (batch, action_dim)
+        """
+        with th.no_grad():
+            action_net, features = self._predicting_actor(obs)
+            return action_net.velocity_field(features, self.prediction_type, self.n_flow_steps)
+
+    def log_likelihood(self, obs: PyTorchObs, actions: th.Tensor, divergence: str = "exact", n_probes: int = 1) -> th.Tensor:
+        """
+        Log-likelihood of raw actions under the flow, whatever the sampler. A diagnostic: it takes many evaluations of the
+        network, and no gradient flows through it. Needs the extra ``solvers``.
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :param actions: Raw actions, (batch, action_dim), see :meth:`scale_action`
+        :param divergence: "exact" or, for many action dimensions, "hutchinson"
+        :param n_probes: Number of random vectors of Hutchinson's estimate
+        :return: (batch,)
+        """
+        return log_likelihood(self.velocity_field(obs), actions, divergence, n_probes)
 
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
@@ -335,7 +364,7 @@ class FlowPolicy(ActorCriticPolicy):
         raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        raise NotImplementedError("A flow policy has no closed-form likelihood: see evaluate_flow()")
+        raise NotImplementedError("A flow policy has no closed-form likelihood: see evaluate_flow() and log_likelihood()")
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """

@@ -16,7 +16,7 @@ from torch import nn
 
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, TanhGELU, xavier_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
-from sb3_flow.common.samplers import check_sampler
+from sb3_flow.common.samplers import VelocityField, check_sampler
 
 
 class OneStepActor(BasePolicy):
@@ -157,6 +157,17 @@ class BCFlow(BasePolicy):
         """
         features = self.extract_features(obs, self.features_extractor)
         return self.network(features, x.unsqueeze(1), timesteps.unsqueeze(1)).squeeze(1)
+
+    @th.no_grad()
+    def velocity_field(self, obs: PyTorchObs) -> VelocityField:
+        """
+        The velocity field of the flow, for pictures and diagnostics.
+
+        :param obs: Observation
+        :return: function of x, (batch, action_dim), and the time, a float, to the velocity, (batch, action_dim)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return self.network.velocity_field(features, "velocity", self.n_flow_steps)
 
     @th.no_grad()
     def sample(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
