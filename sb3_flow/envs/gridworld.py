@@ -114,7 +114,8 @@ class GridWorldEnv(gym.Env):
         self.observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
         self._free_cells = np.argwhere(self.cells == FREE)[:, ::-1]
-        self._position = np.array([CENTER, CENTER])
+        #: Where the agent is, (x, y)
+        self.position = np.array([CENTER, CENTER])
         self._window: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -125,34 +126,31 @@ class GridWorldEnv(gym.Env):
                 raise ValueError(f"`position` must be the (x, y) of a free cell of {self.layout}, it is {options['position']}")
         else:
             position = self._free_cells[self.np_random.integers(len(self._free_cells))]
-        self._position = position
+        self.position = position
         if self.render_mode == "human":
             self.render()
-        return self._observation(), {}
+        return to_observation(self.position), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         move = np.rint(np.clip(action, -1, 1)).astype(int)
-        position = np.clip(self._position + move, 0, SIZE - 1)
+        position = np.clip(self.position + move, 0, SIZE - 1)
         kind = self._kind(position)
         if kind != WALL:
-            self._position = position
+            self.position = position
         if self.render_mode == "human":
             self.render()
         reward = {GOAL: GOAL_REWARD, DEATH: DEATH_REWARD}.get(kind, 0.0)
-        return self._observation(), reward, kind in (GOAL, DEATH), False, {"is_success": kind == GOAL}
+        return to_observation(self.position), reward, kind in (GOAL, DEATH), False, {"is_success": kind == GOAL}
 
     def _kind(self, position: np.ndarray) -> int:
         x, y = position
         return int(self.cells[y, x])
 
-    def _observation(self) -> np.ndarray:
-        return to_observation(self._position)
-
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         if self.render_mode is None:
             return None
         colors = CELL_COLORS[self.cells]
-        colors[self._position[1], self._position[0]] = AGENT_COLOR
+        colors[self.position[1], self.position[0]] = AGENT_COLOR
         # y points upwards
         image = colors[::-1].repeat(PIXELS_PER_CELL, axis=0).repeat(PIXELS_PER_CELL, axis=1)
         image[::PIXELS_PER_CELL] = LINE_COLOR
