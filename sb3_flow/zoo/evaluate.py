@@ -25,6 +25,7 @@ def load_run(
     load_best: bool = False,
     seed: int = 0,
     device: str = "auto",
+    n_envs: int = 1,
 ) -> tuple[BaseAlgorithm, VecEnv, Path]:
     """
     The model of a run, and an environment such as it was trained in.
@@ -36,6 +37,7 @@ def load_run(
     :param load_best: Whether to load the best model instead of the last one
     :param seed: Seed of the environment and of the actions
     :param device: PyTorch device
+    :param n_envs: Number of environments side by side
     :return: model, environment, with the statistics of ``VecNormalize`` if there are any, and path of the model
     :raises FileNotFoundError: if there is no such run
     """
@@ -51,7 +53,7 @@ def load_run(
     env_kwargs = args["env_kwargs"] or hyperparams.pop("env_kwargs", {})
     set_random_seed(seed)
     vec_env = create_test_env(
-        env, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
+        env, n_envs, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
     )
     # Nothing is learned here: schedules are not needed
     custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
