@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +111,13 @@ def first_step(curve: list, wanted) -> int | None:
 
 
 def print_table() -> None:
-    def over_seeds(values: list, digits: int) -> str:
+    def over_seeds(values: Sequence, digits: int) -> str:
         return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
     print(f"\n{ENV}, {STEPS} steps; {N_EVAL_EPISODES} episodes for each seed and mode; mean ± std over seeds\n")
     header = ["setting", "success %, deterministic", "stochastic", "length, deterministic", "stochastic"]
-    header += ["return ≥ 19.8 after", "length ≤ 7 after", "smaller mode at the saddle, per seed", "goal entropy, bits"]
+    header += ["return ≥ 19.8 after", "length ≤ 7 after"]
+    header += ["larger mode at the saddle", "smaller", "between them", "smaller, per seed", "goal entropy, bits"]
     print("| " + " | ".join(header) + " |")
     print("|" + len(header) * "---|")
     for setting in SETTINGS:
@@ -129,7 +131,10 @@ def print_table() -> None:
         for wanted in (lambda r, _: r >= 19.8, lambda _, length: length <= 7):
             steps = [first_step(run["training_curve"], wanted) for run in runs]
             columns.append("never in a run" if None in steps else over_seeds([step / 1000 for step in steps if step], 0) + "k")
-        columns.append(", ".join(f"{min(run['saddle']['low'], run['saddle']['high']):.2f}" for run in runs))
+        modes = np.sort([(run["saddle"]["high"], run["saddle"]["low"]) for run in runs], axis=1)
+        columns += [over_seeds(list(100 * modes[:, index]), 0) + " %" for index in (1, 0)]
+        columns.append(over_seeds([100 * run["saddle"]["stay"] for run in runs], 0) + " %")
+        columns.append(", ".join(f"{100 * smaller:.0f}" for smaller in modes[:, 0]))
         columns.append(over_seeds([run["saddle"]["goal_entropy"] for run in runs], 2))
         print(f"| {setting} | " + " | ".join(columns) + " |")
 
