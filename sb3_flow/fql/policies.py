@@ -14,9 +14,10 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_flow.common.flow import check_choice
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, TanhGELU, xavier_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
-from sb3_flow.common.samplers import VelocityField, check_sampler
+from sb3_flow.common.samplers import SAMPLERS, VelocityField, check_sampler
 
 
 class OneStepActor(BasePolicy):
@@ -186,6 +187,12 @@ class BCFlow(BasePolicy):
         return self.sample(observation, _draw_noise(observation, self.action_dim, self.device, deterministic))
 
 
+def _check_flow_sampler(sampler: str, n_flow_steps: int) -> None:
+    # The actor is distilled from a function of the noise
+    check_choice("sampler", sampler, [name for name in SAMPLERS if name != "sde"])
+    check_sampler(sampler, n_flow_steps)
+
+
 def _draw_noise(obs: PyTorchObs, action_dim: int, device: th.device, deterministic: bool) -> th.Tensor:
     batch_size = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
     return (th.zeros if deterministic else th.randn)(batch_size, action_dim, device=device)
@@ -292,7 +299,7 @@ class FQLPolicy(BasePolicy):
         share_features_extractor: bool = False,
         sampler: str = "euler",
     ):
-        check_sampler(sampler, n_flow_steps)
+        _check_flow_sampler(sampler, n_flow_steps)
         super().__init__(
             observation_space,
             action_space,
@@ -381,7 +388,7 @@ class FQLPolicy(BasePolicy):
         """
         sampler = self.sampler if sampler is None else sampler
         n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
-        check_sampler(sampler, n_flow_steps)
+        _check_flow_sampler(sampler, n_flow_steps)
         self.changed_sampler = dict(sampler=sampler, n_flow_steps=int(n_flow_steps))
         for policy in (self, self.bc_flow):
             policy.sampler, policy.n_flow_steps = sampler, int(n_flow_steps)
