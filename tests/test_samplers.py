@@ -158,7 +158,7 @@ def test_set_sampler_of_fql(tmp_path):
     policy = type(model.policy).load(tmp_path / "policy.zip", device="cpu")
     assert np.array_equal(predict(policy.bc_flow), rk4)
     # What the actor is distilled from must be a function of the noise
-    with pytest.raises(ValueError, match="`sampler`.*'sde'"):
+    with pytest.raises(ValueError, match=r"`sampler`.*'sde'"):
         model.policy.set_sampler("sde")
 
 

@@ -135,7 +135,7 @@ class _View:
         self.bins = np.linspace(self.start[0], self.end[0], 60)
         final, _ = np.histogram(paths[-1, :, 0], self.bins, density=True)
         noise, _ = np.histogram(paths[0, :, 0], self.bins, density=True)
-        self.tallest = 1.05 * max(noise.max(), min(final.max(), 4 * noise.max()))
+        self.tallest = 1.05 * max(noise.max(), min(final.max(), 6 * noise.max()))
 
     def snapshot(self, axes: Any, step: int) -> None:
         """Samples at one time."""

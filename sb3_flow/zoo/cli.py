@@ -200,7 +200,7 @@ def plot_flow() -> None:
         obs = np.array(args.obs, dtype=obs.dtype).reshape(obs.shape)
         normalization = unwrap_vec_normalize(env)
         obs = obs if normalization is None else normalization.normalize_obs(obs)
-    where = f"observation {args.obs}" if args.obs else f"step {args.steps}"
+    where = f"at {args.obs}" if args.obs else f"after {args.steps} steps"
     path = args.output or model_path.parent / "flow.png"
     try:
         files = plot(model, obs[0], path, args.dims, args.n_samples, f"{args.algo.upper()} on {args.env}, {where}")
