@@ -1,5 +1,7 @@
 """The rules of GridWorld."""
 
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -139,3 +141,31 @@ def test_human(monkeypatch):
     env.step(np.array([1.0, 0.0]))
     env.close()
     env.close()
+
+
+@pytest.mark.slow
+def test_fpo_reaches_every_goal(tmp_path, monkeypatch):
+    """With the hyperparameters that the package comes with."""
+    pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
+    from sb3_flow.zoo import cli
+    from sb3_flow.zoo.evaluate import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    args = [
+        "train",
+        "--env",
+        "sb3_flow/GridWorld-v0",
+        "--algo",
+        "fpo",
+        "--seed",
+        "0",
+        "--num-threads",
+        "1",
+        "--eval-freq",
+        "-1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["sb3-flow", *args, "--verbose", "0"])
+    cli.main()
+    for stochastic in (False, True):
+        result = evaluate("fpo", "sb3_flow/GridWorld-v0", n_eval_episodes=200, stochastic=stochastic, seed=10_000)
+        assert result["success_rate"] >= 0.99 and result["mean_length"] < 7
