@@ -181,6 +181,7 @@ def plot_flow() -> None:
     from sb3_flow.zoo.evaluate import load_run
 
     parser = _plot_parser("sb3-flow plot-flow", plot_flow.__doc__)
+    parser.set_defaults(algo="fpo", env="HalfCheetah-v5")
     observation = parser.add_mutually_exclusive_group()
     observation.add_argument("--obs", help="Observation (not normalized)", nargs="+", type=float)
     observation.add_argument("--steps", help="Or that after some steps of the policy in the environment", default=0, type=int)
@@ -218,14 +219,18 @@ def plot_gridworld() -> None:
     from sb3_flow.plotting.gridworld import plot_gridworld as plot
     from sb3_flow.zoo.evaluate import load_run
 
-    parser = _plot_parser("sb3-flow plot-gridworld", plot_gridworld.__doc__, algo="+")
+    parser = _plot_parser("sb3-flow plot-gridworld", plot_gridworld.__doc__)
+    parser.add_argument("--algo", help="RL Algorithms, a row of the figure for each", nargs="+")
     parser.set_defaults(algo=["fpo"], env="sb3_flow/GridWorld-v0")
     args = parser.parse_args()
     _check_env(args.env, args.gym_packages)
     models, normalize = {}, {}  # type: dict[str, Any], dict[str, Any]
     for algo in args.algo:
         model, env, model_path = load_run(algo, args.env, args.folder, args.exp_id, args.load_best, args.seed, args.device)
+        if not env.has_attr("layout"):
+            sys.exit(f"sb3-flow: error: argument --env: {args.env} is not a GridWorld")
         layout = env.get_attr("layout")[0]
+        args.output = args.output or model_path.parent / "gridworld.png"
         normalization = unwrap_vec_normalize(env)
         models[algo.upper()] = model
         normalize[algo.upper()] = np.asarray if normalization is None else normalization.normalize_obs
@@ -233,14 +238,11 @@ def plot_gridworld() -> None:
     for name, model in models.items():
         modes = multimodality(model, layout, normalize=normalize[name])
         print(f"{name}: {modes['low']:.2f}, {modes['high']:.2f} ({modes['stay']:.2f}), {modes['goal_entropy']:.2f} bits")
-    print(*plot(models, args.output or model_path.parent / "gridworld.png", layout, normalize), sep="\n")
+    print(*plot(models, args.output, layout, normalize), sep="\n")
 
 
-def _plot_parser(prog: str, description: str | None, algo: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--algo", help="RL Algorithm", default="fpo", nargs=algo)
-    parser.add_argument("--env", help="environment ID", default="HalfCheetah-v5")
-    parser.add_argument("--gym-packages", help="Packages to import, for their environments", nargs="+", default=[])
+def _plot_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    parser = _base_parser(prog=prog, description=description, conflict_handler="resolve")
     parser.add_argument("-f", "--folder", help="Log folder", default="logs")
     parser.add_argument("--exp-id", help="Experiment ID (default: 0: latest)", default=0, type=int)
     parser.add_argument("--load-best", action="store_true", help="Load the best model instead of the last one")
