@@ -171,6 +171,7 @@ def read(env_id: str) -> list[dict]:
             {key: rows[0][key] for key in ("sampler", "n_flow_steps")},
             **{key: np.array([row[key] for row in rows]) for key in ("evaluations", "rms_distance", "ms")},
             **{mode: np.array([row[mode]["mean_return"] for row in rows]) for mode in ("stochastic", "deterministic")},
+            standard_error=np.array([row["deterministic"]["std_return"] for row in rows]) / N_EVAL_EPISODES**0.5,
         )
         for rows in zip(*runs, strict=True)
     ]
@@ -190,7 +191,7 @@ def print_table(env_id: str) -> None:
 
 
 def draw(tasks: list[str], path: Path) -> None:
-    """Return against the number of steps, and against the time of a call."""
+    """Return from zero noise against the number of steps, and distance to the exact flow against the time of a call."""
     from sb3_flow.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
 
     styles = {
@@ -201,25 +202,31 @@ def draw(tasks: list[str], path: Path) -> None:
         "rk4": (GREEN, "^"),
     }
     figure = new_figure(figsize=(8.0, 3.1 * len(tasks)))
-    axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
-    for (by_steps, by_time), env_id in zip(axes, tasks, strict=True):
+    axes = figure.subplots(len(tasks), 2, squeeze=False)
+    for (returns, distances), env_id in zip(axes, tasks, strict=True):
         rows = read(env_id)
+        (reference,) = (row for row in rows if (row["sampler"], row["n_flow_steps"]) == REFERENCE)
         for sampler, (color, marker) in styles.items():
             chosen = [row for row in rows if row["sampler"] == sampler and row["n_flow_steps"] in STEPS]
-            means, stds = (np.array([getattr(row["stochastic"], name)() for row in chosen]) for name in ("mean", "std"))
-            for panel, x in ((by_steps, STEPS), (by_time, [row["ms"].mean() for row in chosen])):
-                panel.errorbar(
-                    x, means, stds, color=color, marker=marker, markersize=4, linewidth=1.2, capsize=2, label=sampler
-                )
+            style = dict(color=color, marker=marker, markersize=4, linewidth=1.2, label=sampler)
+            if sampler != "sde":
+                ratios = [row["deterministic"] / reference["deterministic"] for row in chosen]
+                errors = [row["standard_error"] / reference["deterministic"] for row in chosen]
+                errors = [np.sqrt(np.square(error).sum()) / len(error) for error in errors]
+                returns.errorbar(STEPS, np.mean(ratios, axis=1), errors, capsize=2, **style)
+            distances.plot(*zip(*((row["ms"].mean(), row["rms_distance"].mean()) for row in chosen), strict=True), **style)
         (exact,) = (row for row in rows if row["sampler"] == "dopri5")
-        by_steps.axhline(exact["stochastic"].mean(), color="black", linewidth=0.9, linestyle="--", label="dopri5")
-        by_time.plot(exact["ms"].mean(), exact["stochastic"].mean(), "*", color="black", markersize=8)
-        by_steps.set(xlabel="steps", ylabel=f"return on {env_id}", xscale="log", xticks=STEPS, xticklabels=STEPS)
-        by_time.set(xlabel=f"ms for {N_OBS} actions", xscale="log")
-        for panel in (by_steps, by_time):
+        ratio = (exact["deterministic"] / reference["deterministic"]).mean()
+        returns.axhline(ratio, color="black", linewidth=0.9, linestyle="--")
+        distances.axvline(exact["ms"].mean(), color="black", linewidth=0.9, linestyle="--", label="dopri5")
+        returns.set(xlabel="steps", ylabel="return from zero noise,\nover that of Euler with 10 steps", title=env_id)
+        returns.set(xscale="log", xticks=STEPS, xticklabels=STEPS)
+        returns.minorticks_off()
+        distances.set(xlabel=f"ms for {N_OBS} actions", ylabel="distance to the exact flow", xscale="log", yscale="log")
+        distances.set(title=env_id, ylim=(1e-4, None))
+        for panel in (returns, distances):
             panel.grid(alpha=0.3)
-            panel.minorticks_off()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
