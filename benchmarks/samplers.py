@@ -148,11 +148,12 @@ def retime(env_id: str, seed: int, logs: Path) -> None:
     """Measure the times of a run again."""
     import torch as th
 
-    from sb3_flow.zoo import register
+    from sb3_flow.zoo import register, register_envs
     from sb3_flow.zoo.evaluate import load_run
 
     th.set_num_threads(1)
     register()
+    register_envs(env_id)
     loaded: Any = load_run("fpo", env_id, str(logs / f"{env_id.replace('/', '-')}-seed{seed}"), n_envs=N_OBS)
     model, env, _ = loaded
     file = result_file(env_id, seed)
@@ -221,10 +222,11 @@ def draw(tasks: list[str], path: Path) -> None:
         distances.axvline(exact["ms"].mean(), color="black", linewidth=0.9, linestyle="--", label="dopri5")
         returns.set(xlabel="steps", ylabel="return from zero noise,\nover that of Euler with 10 steps", title=env_id)
         returns.set(xscale="log", xticks=STEPS, xticklabels=STEPS)
-        returns.minorticks_off()
         distances.set(xlabel=f"ms for {N_OBS} actions", ylabel="distance to the exact flow", xscale="log", yscale="log")
-        distances.set(title=env_id, ylim=(1e-4, None))
+        milliseconds = (0.25, 0.5, 1, 2, 4, 8)
+        distances.set(title=env_id, ylim=(1e-4, None), xticks=milliseconds, xticklabels=milliseconds)
         for panel in (returns, distances):
+            panel.xaxis.minorticks_off()
             panel.grid(alpha=0.3)
     handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
