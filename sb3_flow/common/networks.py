@@ -168,7 +168,7 @@ class FlowNetwork(nn.Module):
             # An ordinary tensor again
             return actions.clone(memory_format=th.contiguous_format)
         field = self.velocity_field(features, prediction_type, n_flow_steps)
-        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma)
+        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma, timestep_range(prediction_type))
 
     def train(self, mode: bool = True) -> "FlowNetwork":
         self._prepared.clear()

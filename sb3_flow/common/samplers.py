@@ -1,22 +1,43 @@
 """
 Samplers: integrate the velocity field from noise (t = 1) to the action (t = 0).
 
-A sampler is a function ``(field, x, n_flow_steps, sigma) -> actions``, with ``field(x, t)`` the velocity of ``x`` at
-the time ``t``, a float. Adding one to ``SAMPLERS`` makes it available to every policy.
+A sampler is a function ``(field, x, n_flow_steps, sigma, kinks) -> actions``, with ``field(x, t)`` the velocity of ``x``
+at the time ``t``, a float. Adding one to ``SAMPLERS`` makes it available to every policy.
+
+================= =========================== ================ =========
+Sampler           Method                      Evaluations      Order
+================= =========================== ================ =========
+``"euler"``       Euler                       K                1
+``"sde"``         Euler with noise            K
+``"midpoint"``    midpoint                    2 K              2
+``"heun"``        Heun (trapezoidal)          2 K              2
+``"rk4"``         Runge-Kutta (3/8 rule)      4 K              4
+``"dopri5"``      Dormand-Prince, adaptive    as many as       5
+                                              its tolerance
+                                              takes
+================= =========================== ================ =========
+
+Those after the first two are torchdiffeq's (https://github.com/rtqichen/torchdiffeq, extra ``solvers``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch as th
 
-from sb3_flow.common.flow import sampler_grid
+from sb3_flow.common.flow import check_choice, sampler_grid
 
 #: Velocity of x, (batch, action_dim), at a time.
 VelocityField = Callable[[th.Tensor, float], th.Tensor]
-Sampler = Callable[[VelocityField, th.Tensor, int, float], th.Tensor]
+Sampler = Callable[[VelocityField, th.Tensor, int, float, Iterable[float]], th.Tensor]
+
+#: Relative and absolute tolerance of "dopri5", for the root mean square of the errors of a batch.
+TOLERANCE = 1e-5
 
 
-def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 0.0) -> th.Tensor:
+def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 0.0, kinks: Iterable[float] = ()) -> th.Tensor:
     """
     Euler's method, with steps of equal length.
 
@@ -24,6 +45,7 @@ def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 
     :param x: Noise, (batch, action_dim)
     :param n_flow_steps: Number of steps
     :param sigma: Not used: Euler's method is deterministic given the noise
+    :param kinks: Not used: a method of order one does not suffer from them
     :return: Raw actions, (batch, action_dim)
     """
     for t in sampler_grid(n_flow_steps):
@@ -31,7 +53,9 @@ def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 
     return x
 
 
-def stochastic_euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 0.0) -> th.Tensor:
+def stochastic_euler(
+    field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 0.0, kinks: Iterable[float] = ()
+) -> th.Tensor:
     """
     Euler's method with Gaussian noise of a fixed standard deviation added at every step,
     the denoising chain of DPPO (https://arxiv.org/abs/2409.00588) as the authors of FPO run it.
@@ -40,6 +64,7 @@ def stochastic_euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigm
     :param x: Noise, (batch, action_dim)
     :param n_flow_steps: Number of steps
     :param sigma: Standard deviation of the noise of one step
+    :param kinks: Not used
     :return: Raw actions, (batch, action_dim)
     """
     for t in sampler_grid(n_flow_steps):
@@ -49,4 +74,80 @@ def stochastic_euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigm
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "sde": stochastic_euler}
+def odeint(func: Callable[[th.Tensor, Any], Any], y0: Any, times: list[float], method: str) -> Any:
+    """
+    torchdiffeq's ``odeint``, from the first to the last of some times.
+
+    :param func: Derivative of y at a time, ``func(t, y)``
+    :param y0: Value at the first time, a tensor or a tuple of tensors
+    :param times: The steps of a method with fixed ones
+    :param method: Name of the method, torchdiffeq's
+    :return: value at the last time
+    :raises ImportError: if torchdiffeq is not installed
+    """
+    try:
+        import torchdiffeq
+    except ImportError as error:
+        raise ImportError('This sampler needs torchdiffeq, it comes with: pip install "sb3-flow[solvers]"') from error
+    device = (y0[0] if isinstance(y0, tuple) else y0).device
+    # In double precision: these are the times that a velocity field has prepared itself for
+    t = th.tensor(times, dtype=th.float64, device=device)
+    solution = torchdiffeq.odeint(func, y0, t, method=method, rtol=TOLERANCE, atol=TOLERANCE)
+    return tuple(y[-1] for y in solution) if isinstance(y0, tuple) else solution[-1]
+
+
+def solve(
+    field: VelocityField,
+    x: th.Tensor,
+    n_flow_steps: int,
+    sigma: float = 0.0,
+    kinks: Iterable[float] = (),
+    *,
+    method: str,
+) -> th.Tensor:
+    """
+    A method of torchdiffeq, with steps of equal length or, if it is adaptive, of any length.
+
+    :param field: Velocity field
+    :param x: Noise, (batch, action_dim)
+    :param n_flow_steps: Number of steps, if the method is not adaptive
+    :param sigma: Not used: these methods are deterministic given the noise
+    :param kinks: Times at which the field is not smooth, where a step ends too
+    :param method: Name of the method, torchdiffeq's
+    :return: Raw actions, (batch, action_dim)
+    :raises ImportError: if torchdiffeq is not installed
+    """
+    times = [1.0, 0.0] if method in ADAPTIVE else sorted({*sampler_grid(n_flow_steps), 0.0, *kinks}, reverse=True)
+    return odeint(lambda t, y: field(y, float(t.detach())), x, times, method)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "sde": stochastic_euler,
+    "midpoint": partial(solve, method="midpoint"),
+    "heun": partial(solve, method="heun2"),
+    "rk4": partial(solve, method="rk4"),
+    "dopri5": partial(solve, method="dopri5"),
+}
+#: Methods that choose their steps themselves
+ADAPTIVE = ("dopri5",)
+
+
+def check_sampler(sampler: str, n_flow_steps: int, sigma: float = 0.0) -> None:
+    """
+    Check what a policy is to sample with.
+
+    :param sampler: One of ``SAMPLERS``
+    :param n_flow_steps: Number of steps
+    :param sigma: Standard deviation of the noise of one step
+    :raises ValueError: if one of them is unknown or out of its range
+    :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
+    """
+    check_choice("sampler", sampler, SAMPLERS)
+    if not isinstance(n_flow_steps, (int, np.integer)) or n_flow_steps < 1:
+        raise ValueError(f"`n_flow_steps` must be an integer of at least 1, it is {n_flow_steps!r}")
+    if not sigma >= 0:
+        raise ValueError(f"`sampler_sigma` must not be negative, it is {sigma}")
+    if sampler not in ("euler", "sde"):
+        # Before any work is lost
+        odeint(lambda t, y: y, th.zeros(1), [1.0, 0.0], "euler")

@@ -22,9 +22,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
 from sb3_flow.common.in_place import InPlaceMLP, Prepared
+from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
-from sb3_flow.common.samplers import SAMPLERS
+from sb3_flow.common.samplers import VelocityField, check_sampler
 
 
 class FlowPolicy(ActorCriticPolicy):
@@ -63,7 +64,9 @@ class FlowPolicy(ActorCriticPolicy):
     :param prediction_type: What the flow network predicts: "velocity", "noise" or "action"
     :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
-    :param sampler: "euler" or "sde" (stochastic Euler)
+    :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
+        (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
+        It can be changed later: :meth:`set_sampler`.
     :param sampler_sigma: Standard deviation of the noise that the "sde" sampler adds at each step
     :param action_perturbation_std: Standard deviation of the Gaussian noise added to the raw actions
         during training (exploration); predictions are not perturbed
@@ -102,15 +105,11 @@ class FlowPolicy(ActorCriticPolicy):
     ):
         _check_action_space(action_space, squash_output)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        check_choice("sampler", sampler, SAMPLERS)
+        check_sampler(sampler, n_flow_steps, sampler_sigma)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
-        if n_flow_steps < 1:
-            raise ValueError(f"`n_flow_steps` must be at least 1, it is {n_flow_steps}")
-        for name, value in [("sampler_sigma", sampler_sigma), ("action_perturbation_std", action_perturbation_std)]:
-            if value < 0:
-                raise ValueError(f"`{name}` must not be negative, it is {value}")
-
+        if action_perturbation_std < 0:
+            raise ValueError(f"`action_perturbation_std` must not be negative, it is {action_perturbation_std}")
         if not action_scale > 0:
             raise ValueError(f"`action_scale` must be positive, it is {action_scale}")
         if action_scale != 1 and not squash_output:
@@ -125,6 +124,8 @@ class FlowPolicy(ActorCriticPolicy):
         self.sampler_sigma = sampler_sigma
         self.action_perturbation_std = action_perturbation_std
         self.ema_decay: float | None = None
+        # Arguments of the constructor that set_sampler() has changed
+        self.changed_sampler: dict[str, Any] = {}
         self._prepared = Prepared()
 
         super().__init__(
@@ -200,6 +201,28 @@ class FlowPolicy(ActorCriticPolicy):
             )
         )
         return data
+
+    def set_sampler(
+        self, sampler: str | None = None, n_flow_steps: int | None = None, sampler_sigma: float | None = None
+    ) -> None:
+        """
+        Sample in another way from now on, also after training: the flow stays the same. It is saved with the model.
+
+        If the training goes on, its rollouts are sampled this way too, and with ``timestep_distribution="grid"`` the CFM
+        losses are taken at the times of this number of steps.
+
+        :param sampler: "euler", "sde", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the others.
+        :param n_flow_steps: Number of steps
+        :param sampler_sigma: Standard deviation of the noise that the "sde" sampler adds at each step
+        :raises ValueError: if an argument is unknown or out of its range
+        :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
+        """
+        sampler = self.sampler if sampler is None else sampler
+        n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
+        sampler_sigma = self.sampler_sigma if sampler_sigma is None else sampler_sigma
+        check_sampler(sampler, n_flow_steps, sampler_sigma)
+        self.sampler, self.n_flow_steps, self.sampler_sigma = sampler, int(n_flow_steps), sampler_sigma
+        self.changed_sampler = dict(sampler=sampler, n_flow_steps=int(n_flow_steps), sampler_sigma=sampler_sigma)
 
     def create_ema(self, ema_decay: float) -> None:
         """
@@ -279,9 +302,37 @@ class FlowPolicy(ActorCriticPolicy):
         :param deterministic: Whether to integrate from zero noise ("zero-sampling" of FPO++) or from a random one
         :return: Raw action, (batch, action_dim)
         """
+        return self._sample(*self._predicting_actor(observation), deterministic)
+
+    def _predicting_actor(self, obs: PyTorchObs) -> tuple[FlowNetwork, th.Tensor]:
+        """The flow network that predicts, and the features that it takes."""
         features_extractor, action_net = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
-        features = BasePolicy.extract_features(self, observation, cast(BaseFeaturesExtractor, features_extractor))
-        return self._sample(cast(FlowNetwork, action_net), features, deterministic)
+        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
+        return cast(FlowNetwork, action_net), features
+
+    def velocity_field(self, obs: PyTorchObs) -> VelocityField:
+        """
+        The velocity field that the policy predicts with, for pictures and diagnostics.
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :return: function of x, (batch, action_dim), and the time, a float, to the velocity, (batch, action_dim)
+        """
+        with th.no_grad():
+            action_net, features = self._predicting_actor(obs)
+            return action_net.velocity_field(features, self.prediction_type, self.n_flow_steps)
+
+    def log_likelihood(self, obs: PyTorchObs, actions: th.Tensor, divergence: str = "exact", n_probes: int = 1) -> th.Tensor:
+        """
+        Log-likelihood of raw actions under the flow, whatever the sampler. A diagnostic: it takes many evaluations of the
+        network, and no gradient flows through it. Needs the extra ``solvers``.
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :param actions: Raw actions, (batch, action_dim), see :meth:`scale_action`
+        :param divergence: "exact" or, for many action dimensions, "hutchinson"
+        :param n_probes: Number of random vectors of Hutchinson's estimate
+        :return: (batch,)
+        """
+        return log_likelihood(self.velocity_field(obs), actions, divergence, n_probes)
 
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
@@ -315,7 +366,7 @@ class FlowPolicy(ActorCriticPolicy):
         raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        raise NotImplementedError("A flow policy has no closed-form likelihood: see evaluate_flow()")
+        raise NotImplementedError("A flow policy has no closed-form likelihood: see evaluate_flow() and log_likelihood()")
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """

@@ -15,8 +15,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_flow.common.activations import TanhGELU
+from sb3_flow.common.flow import check_choice
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, xavier_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
+from sb3_flow.common.samplers import SAMPLERS, VelocityField, check_sampler
 
 
 class OneStepActor(BasePolicy):
@@ -87,7 +89,7 @@ class OneStepActor(BasePolicy):
 
 class BCFlow(BasePolicy):
     """
-    The flow that clones the behaviour of the dataset, integrated with Euler's method.
+    The flow that clones the behaviour of the dataset, integrated with Euler's method unless told otherwise.
     It is a policy by itself: ``model.policy.bc_flow.predict(obs)``.
 
     In this package t = 1 is noise and t = 0 the action; the authors' time runs the other way.
@@ -98,8 +100,9 @@ class BCFlow(BasePolicy):
     :param features_extractor: Network to extract features
     :param features_dim: Number of features
     :param activation_fn: Activation function
-    :param n_flow_steps: Number of Euler steps
+    :param n_flow_steps: Number of steps of the sampler
     :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    :param sampler: One of :mod:`sb3_flow.common.samplers`
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class BCFlow(BasePolicy):
         activation_fn: type[nn.Module] = TanhGELU,
         n_flow_steps: int = 10,
         normalize_images: bool = True,
+        sampler: str = "euler",
     ):
         super().__init__(
             observation_space,
@@ -125,6 +129,7 @@ class BCFlow(BasePolicy):
         self.activation_fn = activation_fn
         self.action_dim = get_action_dim(action_space)
         self.n_flow_steps = n_flow_steps
+        self.sampler = sampler
         # The time itself is the input, without an embedding
         self.network = FlowNetwork(features_dim, self.action_dim, net_arch, activation_fn, timestep_embedding_dim=0)
         self.network.apply(xavier_uniform_init)
@@ -138,6 +143,7 @@ class BCFlow(BasePolicy):
                 activation_fn=self.activation_fn,
                 features_extractor=self.features_extractor,
                 n_flow_steps=self.n_flow_steps,
+                sampler=self.sampler,
             )
         )
         return data
@@ -155,6 +161,17 @@ class BCFlow(BasePolicy):
         return self.network(features, x.unsqueeze(1), timesteps.unsqueeze(1)).squeeze(1)
 
     @th.no_grad()
+    def velocity_field(self, obs: PyTorchObs) -> VelocityField:
+        """
+        The velocity field of the flow, for pictures and diagnostics.
+
+        :param obs: Observation
+        :return: function of x, (batch, action_dim), and the time, a float, to the velocity, (batch, action_dim)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return self.network.velocity_field(features, "velocity", self.n_flow_steps)
+
+    @th.no_grad()
     def sample(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
         """
         Integrate from noise to an action. No gradient flows through it.
@@ -165,10 +182,16 @@ class BCFlow(BasePolicy):
         """
         features = self.extract_features(obs, self.features_extractor)
         # Clipped at the end only
-        return self.network.sample(features, noise, "velocity", self.n_flow_steps).clamp_(-1, 1)
+        return self.network.sample(features, noise, "velocity", self.n_flow_steps, self.sampler).clamp_(-1, 1)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.sample(observation, _draw_noise(observation, self.action_dim, self.device, deterministic))
+
+
+def _check_flow_sampler(sampler: str, n_flow_steps: int) -> None:
+    # The actor is distilled from a function of the noise
+    check_choice("sampler", sampler, [name for name in SAMPLERS if name != "sde"])
+    check_sampler(sampler, n_flow_steps)
 
 
 def _draw_noise(obs: PyTorchObs, action_dim: int, device: th.device, deterministic: bool) -> th.Tensor:
@@ -248,9 +271,10 @@ class FQLPolicy(BasePolicy):
         excluding the learning rate, to pass to the optimizer
     :param n_critics: Number of critic networks to create.
     :param layer_norm: Whether to normalize the layers of the critics
-    :param n_flow_steps: Number of Euler steps of the flow
+    :param n_flow_steps: Number of steps of the sampler of the flow
     :param share_features_extractor: Whether to share or not the features extractor between the actor, the flow and the
         critic (this saves memory). It is then learned with the actor and the flow.
+    :param sampler: Sampler of the flow: "euler" (the authors'), "midpoint", "heun", "rk4" or "dopri5"
     """
 
     actor: OneStepActor
@@ -274,9 +298,9 @@ class FQLPolicy(BasePolicy):
         layer_norm: bool = True,
         n_flow_steps: int = 10,
         share_features_extractor: bool = False,
+        sampler: str = "euler",
     ):
-        if n_flow_steps < 1:
-            raise ValueError(f"`n_flow_steps` must be at least 1, it is {n_flow_steps}")
+        _check_flow_sampler(sampler, n_flow_steps)
         super().__init__(
             observation_space,
             action_space,
@@ -293,6 +317,9 @@ class FQLPolicy(BasePolicy):
         self.layer_norm = layer_norm
         self.n_flow_steps = n_flow_steps
         self.share_features_extractor = share_features_extractor
+        self.sampler = sampler
+        # Arguments of the constructor that set_sampler() has changed
+        self.changed_sampler: dict[str, Any] = {}
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -313,7 +340,7 @@ class FQLPolicy(BasePolicy):
         critic_args = dict(net_args, net_arch=critic_arch, n_critics=self.n_critics, layer_norm=self.layer_norm)
         self.actor = OneStepActor(**self._update_features_extractor(actor_args))
         shared = self.actor.features_extractor if self.share_features_extractor else None
-        flow_args = dict(actor_args, n_flow_steps=self.n_flow_steps)
+        flow_args = dict(actor_args, n_flow_steps=self.n_flow_steps, sampler=self.sampler)
         self.bc_flow = BCFlow(**self._update_features_extractor(flow_args, shared))
         self.critic = EnsembleCritic(
             **self._update_features_extractor(critic_args, shared), share_features_extractor=self.share_features_extractor
@@ -345,9 +372,27 @@ class FQLPolicy(BasePolicy):
                 layer_norm=self.layer_norm,
                 n_flow_steps=self.n_flow_steps,
                 share_features_extractor=self.share_features_extractor,
+                sampler=self.sampler,
             )
         )
         return data
+
+    def set_sampler(self, sampler: str | None = None, n_flow_steps: int | None = None) -> None:
+        """
+        Sample the flow, ``bc_flow``, in another way from now on, also after training. It is saved with the model.
+        The one-step actor, which acts, does not change; if the training goes on, it is distilled from this.
+
+        :param sampler: "euler", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the number of steps.
+        :param n_flow_steps: Number of steps
+        :raises ValueError: if an argument is unknown or out of its range
+        :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
+        """
+        sampler = self.sampler if sampler is None else sampler
+        n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
+        _check_flow_sampler(sampler, n_flow_steps)
+        self.changed_sampler = dict(sampler=sampler, n_flow_steps=int(n_flow_steps))
+        for policy in (self, self.bc_flow):
+            policy.sampler, policy.n_flow_steps = sampler, int(n_flow_steps)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic=deterministic)

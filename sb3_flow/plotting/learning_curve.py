@@ -6,6 +6,8 @@ import numpy as np
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.results_plotter import ts2xy, window_func
 
+from sb3_flow.plotting import new_figure
+
 WINDOW = 50
 
 
@@ -19,12 +21,7 @@ def plot_learning_curve(run_folder: Path, title: str | None = None) -> Path:
     :return: path of the figure, ``learning_curve.png`` in that folder
     :raises ImportError: if matplotlib is not installed
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is not installed, it comes with: pip install "sb3-flow[plots]"') from error
-
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    figure = new_figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
     timesteps, returns = ts2xy(load_results(str(run_folder)), "timesteps")
     axes.plot(timesteps, returns, ".", color="#9ecae1", markersize=3, label="training episode")

@@ -8,11 +8,60 @@ import numpy as np
 import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
+
+
+def load_run(
+    algo: str,
+    env: str,
+    folder: str = "logs",
+    exp_id: int = 0,
+    load_best: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    n_envs: int = 1,
+) -> tuple[BaseAlgorithm, VecEnv, Path]:
+    """
+    The model of a run, and an environment such as it was trained in.
+
+    :param algo: Name of the algorithm
+    :param env: Environment id
+    :param folder: Log folder
+    :param exp_id: Number of the run, 0 for the latest
+    :param load_best: Whether to load the best model instead of the last one
+    :param seed: Seed of the environment and of the actions
+    :param device: PyTorch device
+    :param n_envs: Number of environments side by side
+    :return: model, environment, with the statistics of ``VecNormalize`` if there are any, and path of the model
+    :raises FileNotFoundError: if there is no such run
+    """
+    env_name = EnvironmentName(env)
+    try:
+        _, model_path, run_folder = get_model_path(exp_id, folder, algo, env_name, load_best)
+    except (ValueError, AssertionError) as error:
+        raise FileNotFoundError(str(error)) from error
+    parameters_folder = Path(run_folder) / env_name
+    hyperparams, stats_path = get_saved_hyperparams(str(parameters_folder), test_mode=True)
+    # Those of the command line of the training come first, as they did there
+    args = yaml.unsafe_load((parameters_folder / "args.yml").read_text())
+    env_kwargs = args["env_kwargs"] or hyperparams.pop("env_kwargs", {})
+    set_random_seed(seed)
+    vec_env = create_test_env(
+        env, n_envs, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
+    )
+    # Nothing is learned here: schedules are not needed
+    custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
+    # Nor is a replay buffer
+    kwargs: dict[str, Any] = dict(buffer_size=1) if issubclass(ALGOS[algo], OffPolicyAlgorithm) else {}
+    if "HerReplayBuffer" in str(hyperparams.get("replay_buffer_class")):
+        kwargs["env"] = vec_env
+    return ALGOS[algo].load(model_path, custom_objects=custom_objects, device=device, **kwargs), vec_env, Path(model_path)
 
 
 def evaluate(
@@ -42,27 +91,7 @@ def evaluate(
     :raises FileNotFoundError: if there is no such run
     """
     stochastic = algo in EVALUATED_WITH_NOISE if stochastic is None else stochastic
-    env_name = EnvironmentName(env)
-    try:
-        _, model_path, run_folder = get_model_path(exp_id, folder, algo, env_name, load_best)
-    except (ValueError, AssertionError) as error:
-        raise FileNotFoundError(str(error)) from error
-    parameters_folder = Path(run_folder) / env_name
-    hyperparams, stats_path = get_saved_hyperparams(str(parameters_folder), test_mode=True)
-    # Those of the command line of the training come first, as they did there
-    args = yaml.unsafe_load((parameters_folder / "args.yml").read_text())
-    env_kwargs = args["env_kwargs"] or hyperparams.pop("env_kwargs", {})
-    set_random_seed(seed)
-    vec_env = create_test_env(
-        env, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
-    )
-    # Nothing is learned here: schedules are not needed
-    custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
-    # Nor is a replay buffer
-    kwargs: dict[str, Any] = dict(buffer_size=1) if issubclass(ALGOS[algo], OffPolicyAlgorithm) else {}
-    if "HerReplayBuffer" in str(hyperparams.get("replay_buffer_class")):
-        kwargs["env"] = vec_env
-    model = ALGOS[algo].load(model_path, custom_objects=custom_objects, device=device, **kwargs)
+    model, vec_env, model_path = load_run(algo, env, folder, exp_id, load_best, seed, device)
     successes: list[bool] = []
 
     def collect_successes(locals_: dict[str, Any], _) -> None:
@@ -88,7 +117,7 @@ def evaluate(
         deterministic=not stochastic,
         seed=seed,
         num_timesteps=model.num_timesteps,
-        model=model_path,
+        model=str(model_path),
     )
-    (Path(run_folder) / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    (model_path.parent / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -1,0 +1,179 @@
+"""Pictures: what they are drawn from, and that they are written."""
+
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+
+from sb3_flow import FPO, FQL
+from sb3_flow.envs.gridworld import DEATH, GOAL, LAYOUTS, make_layout
+from sb3_flow.plotting.flow import N_TIMES, STEPS_PER_FRAME, flow_paths, plot_flow
+from sb3_flow.plotting.gridworld import SADDLES, goal_regions, multimodality, plot_gridworld, run_episodes
+
+pytest.importorskip("matplotlib", reason='needs pip install "sb3-flow[plots]"')
+Image = pytest.importorskip("PIL.Image")
+
+KWARGS = dict(n_steps=32, batch_size=32, seed=0, device="cpu")
+
+
+class Reach(gym.Env):
+    """Four actions, with bounds of their own, and one of them without."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.Box(np.array([-1, 0, -2, -1], "f4"), np.array([1, 5, 2, 1], "f4"))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, "f4"), {}
+
+    def step(self, action):
+        return np.zeros(3, "f4"), 0.0, False, True, {}
+
+
+def check_files(files, stem, size):
+    png, gif = files
+    assert png.name == f"{stem}.png" and gif.name == f"{stem}.gif"
+    with Image.open(png) as image:
+        assert image.format == "PNG" and image.size == size
+        # Something is drawn in each part of it
+        pixels = np.asarray(image.convert("L"))
+        assert all(part.std() > 5 for half in np.array_split(pixels, 2) for part in np.array_split(half, 3, axis=1))
+    with Image.open(gif) as image:
+        assert image.format == "GIF" and image.size == (378, 360) and image.n_frames > N_TIMES // STEPS_PER_FRAME
+        first = np.asarray(image.convert("L")).copy()
+        image.seek(N_TIMES // STEPS_PER_FRAME)
+        assert (first != np.asarray(image.convert("L"))).mean() > 0.005
+
+
+@pytest.mark.parametrize("dims", [[2], [3, 1]])
+def test_plot_flow(tmp_path, dims):
+    model = FPO("MlpPolicy", Reach(), **KWARGS)
+    files = plot_flow(model, np.zeros(3, "f4"), tmp_path / "new" / "reach.png", dims, n_samples=100, title="Reach")
+    check_files(files, "reach", (888, 600))
+
+
+@pytest.mark.parametrize("algorithm", [FPO, FQL])
+def test_plot_one_dimension(tmp_path, algorithm):
+    kwargs = KWARGS if algorithm is FPO else dict(policy_kwargs=dict(net_arch=[16]), buffer_size=10)
+    model = algorithm("MlpPolicy", "Pendulum-v1", **kwargs)
+    check_files(plot_flow(model, np.zeros(3, "f4"), tmp_path / "flow", n_samples=100), "flow", (888, 600))
+    assert len(plot_flow(model, np.zeros(3, "f4"), tmp_path / "still", n_samples=100, animation=False)) == 1
+
+
+@pytest.mark.parametrize("squash_output", [True, False])
+def test_paths_end_where_the_policy_acts(squash_output):
+    model = FPO("MlpPolicy", Reach(), policy_kwargs=dict(squash_output=squash_output, n_flow_steps=N_TIMES), **KWARGS)
+    th.manual_seed(0)
+    paths = flow_paths(model, np.zeros(3, "f4"), n_samples=50)
+    assert paths.shape == (N_TIMES + 1, 50, 4)
+    th.manual_seed(0)
+    actions, _ = model.predict(np.zeros((50, 3), "f4"), deterministic=False)
+    assert np.allclose(np.clip(paths[-1], Reach.action_space.low, Reach.action_space.high), actions, atol=1e-4)
+
+
+def test_plot_flow_errors(tmp_path):
+    with pytest.raises(ValueError, match="PPO has no flow to draw"):
+        plot_flow(PPO("MlpPolicy", "Pendulum-v1", device="cpu"), np.zeros(3, "f4"), tmp_path / "flow.png")
+    model = FPO("MlpPolicy", "Pendulum-v1", device="cpu")
+    for dims in ([1], [], [0, 0, 0], [-1]):
+        with pytest.raises(ValueError, match="`dims`"):
+            plot_flow(model, np.zeros(3, "f4"), tmp_path / "flow.png", dims)
+
+
+@pytest.mark.parametrize(("layout", "n_goals"), [*zip(LAYOUTS, [2, 3, 1, 1, 1], strict=True)])
+def test_goal_regions(layout, n_goals):
+    regions = goal_regions(layout)
+    assert sorted(np.unique(regions)) == list(range(n_goals + 1))
+    assert np.array_equal(regions > 0, make_layout(layout) == GOAL)
+    if layout == "two_walls":
+        assert len(np.unique(regions[:2])) == len(np.unique(regions[-2:])) == 1 and regions[0, 0] != regions[24, 0]
+
+
+def gaussian(mean, std, layout="two_walls"):
+    """PPO that has this Gaussian for a policy, whatever it observes."""
+    model = PPO("MlpPolicy", f"sb3_flow/GridWorld-{layout}-v0", device="cpu", seed=0)
+    with th.no_grad():
+        model.policy.action_net.weight.zero_()
+        model.policy.action_net.bias.copy_(th.tensor(mean))
+        model.policy.log_std.fill_(np.log(std))
+    return model
+
+
+def test_run_episodes():
+    starts = np.array([[12, 12], [0, 3], [24, 20]])
+    episodes = run_episodes(gaussian([0.0, 1.0], 1e-6), starts)
+    # Straight up to the wall on top, which begins at 23
+    assert [len(positions) - 1 for positions in episodes] == [11, 20, 3]
+    assert np.array_equal([positions[-1] for positions in episodes], [[12, 23], [0, 23], [24, 23]])
+    # Nowhere: an episode ends after 100 steps; and death ends it
+    assert len(run_episodes(gaussian([0.0, 0.0], 1e-6), starts[:1])[0]) == 101
+    death = run_episodes(gaussian([0.0, 1.0], 1e-6, "three_goals"), np.array([[12, 7]]), "three_goals")[0][-1]
+    assert make_layout("three_goals")[death[1], death[0]] == DEATH
+
+
+def test_multimodality():
+    one = multimodality(gaussian([0.0, -1.0], 0.01), n_samples=100)
+    assert one == dict(low=1.0, high=0.0, stay=0.0, goal_entropy=0.0)
+    # Wide, to both sides: 0.5 is a tenth of its standard deviation
+    both = multimodality(gaussian([0.0, 0.0], 5.0))
+    assert both["low"] == pytest.approx(0.46, abs=0.05) and both["high"] == pytest.approx(0.46, abs=0.05)
+    assert both["low"] + both["high"] + both["stay"] == pytest.approx(1)
+    assert both["goal_entropy"] == pytest.approx(1, abs=0.02)
+    # Of three goals it may only reach two
+    assert multimodality(gaussian([-1.0, 0.0], 0.01, "three_goals"), "three_goals", 50)["low"] == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plot_gridworld(tmp_path, layout):
+    env = f"sb3_flow/GridWorld-{layout}-v0"
+    models = {"FPO": FPO("MlpPolicy", env, **KWARGS), "PPO": PPO("MlpPolicy", env, device="cpu")}
+    if layout == "two_walls":
+        png, *flow = plot_gridworld(models, tmp_path / "grid.png")
+        check_files(flow, "grid_flow", (888, 600))
+    else:
+        (png,) = plot_gridworld({"PPO": models["PPO"]}, tmp_path / "grid.png", layout)
+    with Image.open(png) as image:
+        assert image.size == (1080, 696 if layout == "two_walls" else 348) and np.asarray(image).std() > 20
+    # A saddle point is a free cell
+    (x, y), _ = SADDLES[layout]
+    assert make_layout(layout)[y, x] == 0
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
+    from sb3_flow.zoo import cli
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["sb3-flow", *map(str, args)])
+        cli.main()
+
+    monkeypatch.chdir(tmp_path)
+    world = "sb3_flow/GridWorld-v0"
+    params = ["-n", 64, "--eval-freq", -1, "--verbose", 0, "-params", "n_envs:2", "n_steps:32", "batch_size:32"]
+    for algo in ("fpo", "ppo"):
+        run("train", "--algo", algo, "--env", world, *params, "normalize:True")
+    run("plot-gridworld", "--algo", "fpo", "ppo", "-o", "world.png")
+    out = capsys.readouterr().out
+    assert "FPO: 0." in out and "PPO: 0." in out and "bits" in out
+    for name in ("world.png", "world_flow.png", "world_flow.gif"):
+        assert name in out and Path(name).stat().st_size > 10_000
+    run("plot-flow", "--env", world, "--steps", 3, "--n-samples", 50)
+    assert Path("logs/fpo/sb3_flow-GridWorld-v0_1/flow.gif").is_file()
+    run("plot-flow", "--env", world, "--obs", 0, -1, "--dims", 1, "--n-samples", 50, "-o", "one.png")
+    assert Path("one.png").is_file()
+    with pytest.raises(SystemExit, match="Pendulum-v1 is not a GridWorld"):
+        run("train", "--algo", "fpo", "--env", "Pendulum-v1", *params)
+        run("plot-gridworld", "--env", "Pendulum-v1")
+    for error, args in {
+        "argument --obs: expected 2 numbers, got 1": ["--obs", 0],
+        "`dims`": ["--dims", 2],
+        "PPO has no flow to draw": ["--algo", "ppo"],
+        "folder was not found": ["--algo", "fpo", "-f", "elsewhere"],
+    }.items():
+        with pytest.raises(SystemExit) as exit_:
+            run("plot-flow", "--env", world, *args)
+        assert error in str(exit_.value)
