@@ -72,7 +72,9 @@ def plot_curves(runs: Runs, path: Path) -> None:
     """Training returns of each task, mean over seeds and the range of the seeds."""
     n_columns = min(len(runs), 5)
     n_rows = -(-len(runs) // n_columns)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(2.3 * n_columns, 2.1 * n_rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(2.3 * n_columns, 2.1 * n_rows), layout="constrained", squeeze=False
+    )
     for ax in axes.flat[len(runs) :]:
         ax.set_axis_off()
     for ax, (env_id, task) in zip(axes.flat, runs.items(), strict=False):
@@ -103,7 +105,9 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
     header = ["", "seeds", "FPO", "PPO", "FPO / PPO", "FPO, stochastic", "PPO, stochastic", "FPO, steps/s", "PPO, steps/s"]
     rows, wins, means = [], 0, {algo: [] for algo in ALGOS}  # type: ignore[var-annotated]
     for env_id, task in runs.items():
-        deterministic, stochastic = ({algo: returns(task[algo], kind) for algo in ALGOS} for kind in ("deterministic", "stochastic"))
+        deterministic, stochastic = (
+            {algo: returns(task[algo], kind) for algo in ALGOS} for kind in ("deterministic", "stochastic")
+        )
         wins += int(deterministic["fpo"].mean() > deterministic["ppo"].mean())
         for algo in ALGOS:
             means[algo].append(deterministic[algo].mean())

@@ -12,11 +12,12 @@ mathematics needs would take at the rate this machine multiplies two matrices of
             (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX);
             "medium" is with products of bfloat16, for all of them
 
-The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json, and a plot
-of the ratios beside it.
+The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json, and the table
+and a plot of the ratios beside it.
 """
 
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from learning import provenance
+from runs import provenance
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 SHAPES = {"HalfCheetah": (17, 6), "Humanoid": (348, 17)}
@@ -316,17 +317,38 @@ def resident(name: str) -> float:
     return int(status[name].split()[0]) / 1024
 
 
-def print_table(rows: list[dict]) -> None:
-    print("\n| what | threads | ours, ms | peer | peer, ms | ours / peer | bar | limit, ms |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        for peer, ratio in row["ratios"].items():
-            bar = BARS.get(row["name"]) if peer == "PPO" else BARS.get(f"{row['name']} {peer}")
-            print(
-                f"| {row['name']} | {row['threads']} | {row['milliseconds']['ours']:.4g} | {peer} "
-                f"| {row['milliseconds'][peer]:.4g} | **{ratio:.2f}** | {'' if bar is None else f'{bar:.2f}'} "
-                f"| {row['limit_milliseconds']:.2g} |"
-            )
+HEADER = ("", "threads", "ours, ms", "limit, ms", "peer", "peer, ms", "ours / peer", "we want")
+
+
+def table(rows: list[dict]) -> list[tuple[str, ...]]:
+    return [
+        (
+            row["name"],
+            str(row["threads"]),
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['limit_milliseconds']:.3g}",
+            peer,
+            f"{row['milliseconds'][peer]:.3g}",
+            f"{ratio:.2f}",
+            "" if (bar := bar_of(row, peer)) is None else f"≤ {bar:.2f}",
+        )
+        for row in rows
+        for peer, ratio in row["ratios"].items()
+    ]
+
+
+def bar_of(row: dict, peer: str) -> float | None:
+    return BARS.get(row["name"] if peer == "PPO" else f"{row['name']} {peer}")
+
+
+def write(rows: list[dict], results: Path) -> None:
+    """Print the table, and leave it, for the docs, and a plot beside the results."""
+    lines = [HEADER, *table(rows)]
+    with open(results.with_suffix(".csv"), "w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    for line in [HEADER, ["---"] * len(HEADER), *lines[1:]]:
+        print("|", " | ".join(line), "|")
+    plot(rows, results.with_suffix(".png"))
 
 
 def command_line(args: argparse.Namespace) -> str:
@@ -344,7 +366,7 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     bars = [
-        (f"{row['name']} / {peer}", ratio, BARS.get(row["name"] if peer == "PPO" else f"{row['name']} {peer}"))
+        (f"{row['name']} / {peer}", ratio, bar_of(row, peer))
         for row in rows
         if row["threads"] == 1
         for peer, ratio in row["ratios"].items()
@@ -368,7 +390,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="CASE", help="; ".join(NAMES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 0], help="torch threads (0: torch's own choice)")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--official-fql", type=Path, help="a checkout of the FQL authors' code")
     parser.add_argument("--official-python", default=sys.executable, help="an interpreter that it runs with")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -381,11 +403,8 @@ def main() -> None:
         result = measure(name, int(what), args.repeats, official) if what.isdigit() else peak_memory(name, what)
         print("\n" + json.dumps(result))
         return
-    figure = args.results.with_suffix(".png")
     if args.table_only:
-        rows = json.loads(args.results.read_text())["rows"]
-        print_table(rows)
-        plot(rows, figure)
+        write(json.loads(args.results.read_text())["rows"], args.results)
         return
 
     def child(what: str, name: str) -> Any:
@@ -411,8 +430,7 @@ def main() -> None:
             print(f"{name}, {row['threads']} threads: {ratios}", flush=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(dict(rows=rows, command=command_line(args), **provenance()), indent=1) + "\n")
-    print_table(rows)
-    plot(rows, figure)
+    write(rows, args.results)
 
 
 if __name__ == "__main__":
