@@ -10,14 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from dmc import ALGOS, DMC, MUJOCO, RESULTS
 from rliable import library, metrics
 from runs import N_EVAL_EPISODES, ROOT
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of the backend)
 
 PAGE = ROOT / "docs" / "guide" / "results.rst"
 #: Colour-blind safe
@@ -136,9 +133,9 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
             title,
             "-" * len(title),
             "",
-            f"{', '.join(f'{n:,}' for n in sorted(n_steps))} steps. Deterministic return (FPO: from zero noise, PPO: of the mean "
-            f"action) over {N_EVAL_EPISODES} episodes at the end, mean ± standard deviation over seeds. Steps per second are those "
-            "of the training, one thread; other runs shared the machine.",
+            f"{', '.join(f'{n:,}' for n in sorted(n_steps))} steps. Deterministic return (FPO: from zero noise, PPO: of the",
+            f"mean action) over {N_EVAL_EPISODES} episodes at the end, mean ± standard deviation over seeds. Steps per second",
+            "are those of the training, one thread; other runs shared the machine.",
             "",
             table(header, rows),
             f"FPO is ahead on {wins} of {len(runs)} tasks.",
@@ -161,8 +158,8 @@ def main() -> None:
     if dmc:
         sections += [section("DeepMind Control", dmc, 1000.0, RESULTS / "dmc.png")]
         sections += [
-            f"The paper has {PAPER_RATIO} times the mean of tuned PPO and {PAPER_WINS} of 10 tasks ahead, with 60 million steps of "
-            "another simulator, 2048 environments and 5 seeds.\n"
+            f"The paper has {PAPER_RATIO} times the mean of tuned PPO and {PAPER_WINS} of 10 tasks ahead, with 60 million\n"
+            "steps of another simulator, 2048 environments and 5 seeds.\n"
         ]
     if mujoco:
         sections += [section("MuJoCo", mujoco, 1.0, RESULTS / "mujoco.png")]
@@ -175,8 +172,8 @@ def main() -> None:
             "Results",
             "=======",
             "",
-            "FPO against PPO. FPO has the hyperparameters of ``hyperparams/fpo.yml``; PPO has those of ``benchmarks/ppo.yml`` on the",
-            "tasks of the DeepMind Control suite, tuned in the same way and with the same budget, and those of rl-zoo3 on MuJoCo's.",
+            "FPO against PPO. FPO has the hyperparameters of ``hyperparams/fpo.yml``; PPO has those of ``benchmarks/ppo.yml``",
+            "on the tasks of the DeepMind Control suite, and those of rl-zoo3 on MuJoCo's.",
             "",
             *sections,
             "To replicate (interrupted, it goes on where it stopped):",
