@@ -12,13 +12,15 @@ from sb3_flow import FPO
 from sb3_flow.fpo import MlpPolicy
 
 
-@pytest.mark.parametrize("name", ["timestep_distribution", "supervision", "loss_reduction", "ratio_type", "trust_region"])
+@pytest.mark.parametrize(
+    "name", ["mc_sampling", "timestep_distribution", "supervision", "loss_reduction", "ratio_type", "trust_region"]
+)
 def test_unknown_choice_lists_the_choices(name):
     with pytest.raises(ValueError, match=f"Unknown `{name}`: 'foo', it must be one of '.*', '.*'"):
         FPO("MlpPolicy", "Pendulum-v1", **{name: "foo"})
 
 
-@pytest.mark.parametrize("name", ["prediction_type", "sampler"])
+@pytest.mark.parametrize("name", ["prediction_type", "sampler", "squash_type"])
 def test_unknown_policy_choice_lists_the_choices(name):
     with pytest.raises(ValueError, match=f"Unknown `{name}`: 'foo', it must be one of '.*', '.*'"):
         FPO("MlpPolicy", "Pendulum-v1", policy_kwargs={name: "foo"})
@@ -35,6 +37,12 @@ def test_not_positive(name, value):
         FPO("MlpPolicy", "Pendulum-v1", **{name: value})
 
 
+@pytest.mark.parametrize("name", ["ema_start", "n_baseline_actions"])
+def test_negative(name):
+    with pytest.raises(ValueError, match=f"`{name}` must not be negative, it is -1"):
+        FPO("MlpPolicy", "Pendulum-v1", **{name: -1})
+
+
 def test_out_of_range():
     with pytest.raises(ValueError, match="`clip_range` must be positive"):
         FPO("MlpPolicy", "Pendulum-v1", clip_range=lambda progress: -progress)
@@ -42,8 +50,6 @@ def test_out_of_range():
         FPO("MlpPolicy", "Pendulum-v1", clip_range_vf=-0.2)
     with pytest.raises(ValueError, match="`ema_decay` must be between 0 and 1"):
         FPO("MlpPolicy", "Pendulum-v1", ema_decay=1.5)
-    with pytest.raises(ValueError, match="`ema_start`"):
-        FPO("MlpPolicy", "Pendulum-v1", ema_start=-1)
     with pytest.raises(ValueError, match="`action_scale` needs `squash_output=True`"):
         FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(action_scale=0.3, squash_output=False))
     for name, value in [("n_flow_steps", 0), ("sampler_sigma", -0.1), ("action_perturbation_std", -1), ("action_scale", 0)]:

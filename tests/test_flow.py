@@ -11,13 +11,15 @@ from torch import nn
 
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
+    MC_SAMPLINGS,
     PREDICTION_TYPES,
     SINGULARITY_MARGIN,
     cfm_loss,
-    draw_timesteps,
+    draw_pairs,
     flow_target,
     interpolate,
     sampler_grid,
+    standard_normal_flow,
     timestep_range,
     to_velocity,
 )
@@ -88,18 +90,67 @@ def test_noise_loss_vanishes_at_t_1():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_timesteps(prediction_type):
+@pytest.mark.parametrize("sampling", MC_SAMPLINGS)
+def test_pairs(sampling, prediction_type):
     low, high = timestep_range(prediction_type)
-    grid = draw_timesteps((2000,), "grid", 5, prediction_type, "cpu")
+    noise, grid = draw_pairs(2000, 2, 3, sampling, "grid", 5, prediction_type)
+    assert noise.shape == (2000, 3, 2) and grid.shape == (2000, 3)
     # All the times the sampler visits, about as often
     values, counts = grid.unique(return_counts=True)
     assert np.allclose(values.numpy(), np.clip([0.2, 0.4, 0.6, 0.8, 1.0], low, high))
-    assert counts.min() > 300
-    uniform = draw_timesteps((2000,), "uniform", 5, prediction_type, "cpu")
-    assert len(uniform.unique()) > 1500
+    assert counts.min() > 0.85 * grid.numel() / 5
+    _, uniform = draw_pairs(2000, 2, 3, sampling, "uniform", 5, prediction_type)
+    assert len(uniform.unique()) > 3000
     assert uniform.min() >= low and uniform.max() <= high
     assert uniform.min() < 0.01 + SINGULARITY_MARGIN and uniform.max() > 0.99 - SINGULARITY_MARGIN
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.05) and noise.std().item() == pytest.approx(1.0, abs=0.03)
     assert sampler_grid(4) == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("n_mc_samples", [1, 2, 7, 8])
+def test_stratified_pairs(n_mc_samples):
+    noise, timesteps = draw_pairs(50, 2, n_mc_samples, "stratified", "uniform")
+    half = n_mc_samples // 2
+    assert noise.shape == (50, n_mc_samples, 2) and timesteps.shape == (50, n_mc_samples)
+    assert th.equal(noise[:, n_mc_samples - half :], -noise[:, :half])
+    assert th.equal(timesteps[:, n_mc_samples - half :], timesteps[:, :half])
+    assert th.equal((timesteps[:, :half] * half).floor(), th.arange(half).expand(50, -1).float())
+
+
+def test_stratified_pairs_have_less_variance():
+    """The log-ratio of a flow that moves its actions is the same on average, its variance a fraction."""
+    th.manual_seed(0)
+    actions = th.ones(20000, 1, 1)
+
+    def log_ratio(sampling):
+        noise, t = draw_pairs(20000, 1, 8, sampling)
+        x_t = interpolate(actions, noise, t)
+        old, new = (cfm_loss(0.3 * x_t - shift, actions, noise, t).mean(dim=1) for shift in (0.7, 0.75))
+        return old - new
+
+    independent, stratified = log_ratio("independent"), log_ratio("stratified")
+    error = (independent.var() / len(independent)).sqrt().item()
+    assert stratified.mean().item() == pytest.approx(independent.mean().item(), abs=4 * error)
+    assert stratified.var() < 0.05 * independent.var()
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_standard_normal_flow(prediction_type):
+    """It minimises the CFM loss of standard normal actions: its errors are orthogonal to x_t at every time."""
+    th.manual_seed(0)
+    actions, noise = th.randn(2, 100_000)
+    for t in (0.1, 0.35, 0.5, 0.9):
+        x_t = interpolate(actions.unsqueeze(1), noise.unsqueeze(1), th.tensor(t)).squeeze(1)
+        error = standard_normal_flow(t, prediction_type) * x_t - flow_target(prediction_type, actions, noise)
+        assert (error * x_t).mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+def test_skip_connection_leaves_a_standard_normal():
+    network = FlowNetwork(1, 2, [8], output_scale=0.0, skip_connection=True)
+    with th.no_grad():
+        actions = network.sample(th.zeros(5000, 1), th.randn(5000, 2), 100)
+    assert actions.std().item() == pytest.approx(1.0, abs=0.03)
 
 
 def test_timestep_embedding():
@@ -120,8 +171,9 @@ def make_network(features_dim=6, action_dim=3, net_arch=(16, 16), **kwargs):
 
 @pytest.mark.parametrize("net_arch", [[], [16], [16, 8]])
 @pytest.mark.parametrize("embedding_dim", [0, 8])
-def test_folded_network_equals_plain_one(net_arch, embedding_dim):
-    network = make_network(net_arch=net_arch, timestep_embedding_dim=embedding_dim)
+@pytest.mark.parametrize("skip_connection", [False, True])
+def test_folded_network_equals_plain_one(net_arch, embedding_dim, skip_connection):
+    network = make_network(net_arch=net_arch, timestep_embedding_dim=embedding_dim, skip_connection=skip_connection)
     features, x, t = th.randn(10, 6, requires_grad=True), th.randn(10, 4, 3), th.rand(10, 4)
     inputs = [features, *network.parameters()]
     folded, plain = network(features, x, t), network.forward_plain(features, x, t)
@@ -136,8 +188,9 @@ def test_folded_network_equals_plain_one(net_arch, embedding_dim):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("n_flow_steps", [1, 3, 10])
-def test_folded_sampler_equals_plain_loop(prediction_type, n_flow_steps):
-    network = make_network()
+@pytest.mark.parametrize("skip_connection", [False, True])
+def test_folded_sampler_equals_plain_loop(prediction_type, n_flow_steps, skip_connection):
+    network = make_network(prediction_type=prediction_type, skip_connection=skip_connection)
     features, noise = th.randn(10, 6), th.randn(10, 3)
     x = noise
     for k in range(n_flow_steps):
@@ -145,7 +198,7 @@ def test_folded_sampler_equals_plain_loop(prediction_type, n_flow_steps):
         output = network.forward_plain(features, x.unsqueeze(1), th.full((10, 1), t)).squeeze(1)
         x = x - to_velocity(output, x, t, prediction_type) / n_flow_steps
     with th.no_grad():
-        field = network.velocity_field(features, prediction_type, n_flow_steps)
+        field = network.velocity_field(features, n_flow_steps)
         fast = SAMPLERS["euler"](field, noise, n_flow_steps, 0.0)
     # Noise networks divide by a small number
     assert th.allclose(fast, x, atol=1e-5, rtol=1e-5)
@@ -167,22 +220,28 @@ def test_folded_sampler_equals_plain_loop(prediction_type, n_flow_steps):
         ([8], TanhGELU),
     ],
 )
-@pytest.mark.parametrize("embedding_dim", [0, 8])
-def test_in_place_sampler_equals_plain_one(prediction_type, net_arch, activation_fn, embedding_dim):
-    network = make_network(net_arch=net_arch, activation_fn=activation_fn, timestep_embedding_dim=embedding_dim)
+@pytest.mark.parametrize(("embedding_dim", "skip_connection"), [(0, True), (8, False)])
+def test_in_place_sampler_equals_plain_one(prediction_type, net_arch, activation_fn, embedding_dim, skip_connection):
+    network = make_network(
+        net_arch=net_arch,
+        activation_fn=activation_fn,
+        timestep_embedding_dim=embedding_dim,
+        skip_connection=skip_connection,
+        prediction_type=prediction_type,
+    )
     for batch_size in (7, 7, 1, 12):
         features, noise = th.randn(batch_size, 6), th.randn(batch_size, 3)
-        plain = network.sample(features, noise, prediction_type, 4)
+        plain = network.sample(features, noise, 4)
         assert plain.requires_grad
         before = noise.clone()
         with th.no_grad():
-            fast = network.sample(features, noise, prediction_type, 4)
+            fast = network.sample(features, noise, 4)
         assert th.allclose(fast, plain, atol=1e-4, rtol=1e-4) and th.equal(noise, before)
         # An ordinary tensor, which can take part in a loss, and which the next call leaves alone
         kept = fast.clone()
         (network.input_layer.weight.sum() * fast).sum().backward()
         with th.no_grad():
-            network.sample(features, noise + 1, prediction_type, 4)
+            network.sample(features, noise + 1, 4)
         assert th.equal(fast, kept)
 
 
@@ -193,7 +252,7 @@ def test_in_place_sampler_follows_the_weights():
     optimizer = th.optim.Adam(network.parameters(), lr=0.1)
 
     def step():
-        network.sample(features, noise, "velocity", 4).sum().backward()
+        network.sample(features, noise, 4).sum().backward()
         optimizer.step()
 
     def replace():
@@ -215,24 +274,24 @@ def test_in_place_sampler_follows_the_weights():
     ]
     for change in changes:
         with th.no_grad():
-            old = network.sample(features, noise, "velocity", 4)
+            old = network.sample(features, noise, 4)
         change()
         with th.no_grad():
-            new = network.sample(features, noise, "velocity", 4)
-        assert th.allclose(new, network.sample(features, noise, "velocity", 4), atol=1e-4, rtol=1e-4)
+            new = network.sample(features, noise, 4)
+        assert th.allclose(new, network.sample(features, noise, 4), atol=1e-4, rtol=1e-4)
         assert change is changes[3] or not th.allclose(new, old, atol=1e-3)
     # A copy has nothing prepared
     other = copy.deepcopy(network)
     with th.no_grad():
         other.input_layer.weight.mul_(2)
-        assert not th.allclose(other.sample(features, noise, "velocity", 4), network.sample(features, noise, "velocity", 4))
+        assert not th.allclose(other.sample(features, noise, 4), network.sample(features, noise, 4))
     pickle.loads(pickle.dumps(network))
 
 
 def test_gradient_flows_through_the_sampler():
     network = make_network()
     features, noise = th.randn(10, 6), th.randn(10, 3)
-    network.sample(features, noise, "velocity", 5).square().sum().backward()
+    network.sample(features, noise, 5).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
 
 
@@ -257,19 +316,21 @@ def test_stochastic_euler():
     assert th.equal(SAMPLERS["sde"](lambda x, t: x, x, 9, 0.0), SAMPLERS["euler"](lambda x, t: x, x, 9, 0.0))
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_flow_learns_a_mixture(prediction_type):
+@pytest.mark.parametrize(
+    ("prediction_type", "skip_connection"), [("velocity", False), ("noise", False), ("action", False), ("velocity", True)]
+)
+def test_flow_learns_a_mixture(prediction_type, skip_connection):
     """Plain CFM regression on a mixture of two Gaussians in 2-D reproduces its modes and their weights."""
     th.manual_seed(0)
     means, std, weight = th.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.15, 0.3
-    network = FlowNetwork(1, 2, [64, 64], nn.SiLU)
+    network = FlowNetwork(1, 2, [64, 64], nn.SiLU, skip_connection=skip_connection, prediction_type=prediction_type)
     optimizer = th.optim.Adam(network.parameters(), lr=3e-3)
     scheduler = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
     features = th.zeros(1, 1)
     for _ in range(1500):
         mode = (th.rand(1024) > weight).long()
         actions = means[mode] + std * th.randn(1024, 2)
-        noise, t = th.randn(1024, 2), draw_timesteps((1024,), "uniform", 20, prediction_type, "cpu")
+        noise, t = (pairs.squeeze(1) for pairs in draw_pairs(1024, 2, 1, prediction_type=prediction_type))
         output = network(features, interpolate(actions, noise, t).unsqueeze(0), t.unsqueeze(0)).squeeze(0)
         loss = cfm_loss(output, actions, noise, t, prediction_type, prediction_type).mean()
         optimizer.zero_grad()
@@ -278,7 +339,7 @@ def test_flow_learns_a_mixture(prediction_type):
         scheduler.step()
 
     with th.no_grad():
-        field = network.velocity_field(th.zeros(20000, 1), prediction_type, 50)
+        field = network.velocity_field(th.zeros(20000, 1), 50)
         samples = SAMPLERS["euler"](field, th.randn(20000, 2), 50, 0.0)
     distances = th.cdist(samples, means)
     closest = distances.argmin(dim=1)

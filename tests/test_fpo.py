@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 import sb3_flow.fpo.fpo as fpo_module
 from sb3_flow import FPO
 from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, interpolate
-from sb3_flow.common.surrogates import RATIO_TYPES
+from sb3_flow.common.surrogates import RATIO_TYPES, flow_ratio
 
 
 def collect(model):
@@ -87,26 +87,31 @@ def test_every_transition_once_per_epoch():
     collect(model)
     actions = model.rollout_buffer.actions.copy().reshape(-1, 1)
     rollout = model._get_rollout()
-    assert np.allclose(np.sort(rollout.actions.numpy(), axis=0), np.sort(actions, axis=0))
-    assert not np.allclose(rollout.actions.numpy(), actions)
+    taken = rollout.actions.flatten(1).numpy()
+    assert np.allclose(np.sort(taken, axis=0), np.sort(actions, axis=0))
+    assert not np.allclose(taken, actions)
     for _ in range(2):
         indices = th.cat(list(model._shuffled_minibatches(128)))
         assert th.equal(indices.sort().values, th.arange(128))
 
 
-def test_loss_is_that_of_the_rollout():
-    """The loss of a transition, from the plain network and the stored (raw) action and observation."""
-    model = make_model(n_mc_samples=3)
+@pytest.mark.parametrize("n_baseline_actions", [0, 2])
+def test_loss_is_that_of_the_rollout(n_baseline_actions):
+    """The losses of a transition, from the plain network and the stored (raw) action and observation."""
+    model = make_model(n_mc_samples=3, n_baseline_actions=n_baseline_actions)
     collect(model)
     rollout = model._get_rollout()
-    assert rollout.noise.shape == (128, 3, 1) and rollout.timesteps.shape == (128, 3)
+    assert rollout.actions.shape == (128, 1 + n_baseline_actions, 1, 1)
+    assert rollout.noise.shape == (128, 1, 3, 1) and rollout.timesteps.shape == (128, 1, 3)
     values, outputs = model._evaluate_flow(rollout)
+    losses = model._cfm_loss(outputs, rollout)
+    assert losses.shape == (128, 1 + n_baseline_actions, 3)
     network = model.policy.action_net
-    actions = rollout.actions.unsqueeze(1)
-    x_t = interpolate(actions, rollout.noise, rollout.timesteps)
-    plain = network.forward_plain(rollout.observations, x_t, rollout.timesteps)
-    expected = cfm_loss(plain, actions, rollout.noise, rollout.timesteps, "velocity", "noise")
-    assert th.allclose(model._cfm_loss(outputs, rollout), expected, atol=1e-5)
+    noise, timesteps = rollout.noise.squeeze(1), rollout.timesteps.squeeze(1)
+    for actions, loss in zip(rollout.actions.unbind(dim=1), losses.unbind(dim=1), strict=True):
+        x_t = interpolate(actions, noise, timesteps)
+        plain = network.forward_plain(rollout.observations, x_t, timesteps)
+        assert th.allclose(loss, cfm_loss(plain, actions, noise, timesteps, "velocity", "noise"), atol=1e-5)
     assert th.allclose(values.flatten(), rollout.old_values, atol=1e-5)
 
 
@@ -181,6 +186,31 @@ def test_gradients_reach_only_what_they_should():
         assert {parameter for parameter in policy.parameters() if parameter.grad is not None} == touched
 
 
+def test_baseline_actions_are_those_of_the_policy():
+    model = make_model(n_baseline_actions=200, policy_kwargs=dict(action_perturbation_std=0.5))
+    collect(model)
+    rollout = model._get_rollout()
+    obs = rollout.observations[:1].expand(4000, -1)
+    expected, drawn = model.policy(obs)[0], rollout.actions[0, 1:]
+    assert drawn.mean().item() == pytest.approx(expected.mean().item(), abs=0.25)
+    assert drawn.std().item() == pytest.approx(expected.std().item(), rel=0.2)
+    assert len(drawn.unique()) == 200
+
+
+def test_common_advantages_do_not_change_the_policy():
+    """If all actions are as good as each other there is no policy gradient on average: with baseline actions, that is so."""
+    norms = []
+    for n_baseline_actions in (0, 1):
+        model = make_model(n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions)
+        collect(model)
+        rollout = model._get_rollout()
+        losses = model._cfm_loss(model._evaluate_flow(rollout)[1], rollout)
+        objective = flow_ratio(losses.detach(), losses).mean()
+        gradients = th.autograd.grad(objective, list(model.policy.action_net.parameters()))
+        norms.append(th.cat([gradient.flatten() for gradient in gradients]).norm().item())
+    assert norms[1] < 0.25 * norms[0]
+
+
 def test_target_kl_stops_early():
     model = make_model(n_epochs=10, target_kl=1e-7)
     collect(model)
@@ -195,7 +225,7 @@ def test_target_kl_stops_early():
 def test_pseudo_kl_by_hand():
     """Mean squared change of the predicted noise: (1 - t)^2 times that of the velocity."""
     model = make_model()
-    change, t = th.tensor([[[1.0, -2.0]]]), th.tensor([[0.25]])
+    change, t = th.tensor([[[[1.0, -2.0]]]]), th.tensor([[[0.25]]])
     assert model._pseudo_kl(change, t).item() == pytest.approx(0.75**2 * 2.5)
 
 

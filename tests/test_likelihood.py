@@ -155,7 +155,7 @@ def test_bound_of_a_network_that_has_learned():
         before = bound()
     for _ in range(400):
         actions, noise, t = MEAN + STD * th.randn(256, 1), th.randn(256, 1, 1), th.rand(256, 1)
-        _, velocity = policy.evaluate_flow(obs, actions, noise, t)
+        _, velocity = policy.evaluate_flow(obs, actions.unsqueeze(1), noise, t)
         loss = (velocity - (noise - actions.unsqueeze(1))).square().mean()
         optimizer.zero_grad()
         loss.backward()

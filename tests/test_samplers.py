@@ -85,17 +85,17 @@ def test_every_prediction_type(prediction_type, sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_network_with_every_sampler(prediction_type, sampler):
     th.manual_seed(0)
-    network = FlowNetwork(6, 3, [16, 16])
+    network = FlowNetwork(6, 3, [16, 16], prediction_type=prediction_type)
     features, noise = th.randn(10, 6), th.randn(10, 3)
     with th.no_grad():
-        actions = network.sample(features, noise, prediction_type, 40, sampler)
-        reference = network.sample(features, noise, prediction_type, 1, "dopri5")
+        actions = network.sample(features, noise, 40, sampler)
+        reference = network.sample(features, noise, 1, "dopri5")
     assert actions.shape == (10, 3) and actions.dtype == th.float32
     # (a noise network without training amplifies its input)
     tolerance = {"euler": 0.25, "sde": 1.0, "midpoint": 0.05, "heun": 0.05}.get(sampler, 0.005)
     assert (actions - reference).abs().max() < tolerance * reference.abs().max()
     # Differentiable, as Euler's method
-    network.sample(features, noise, prediction_type, 2, sampler).sum().backward()
+    network.sample(features, noise, 2, sampler).sum().backward()
     assert network.input_layer.weight.grad.abs().sum() > 0
 
 

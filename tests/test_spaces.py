@@ -69,6 +69,7 @@ def test_sizes(obs_dim, action_dim):
 def test_action_spaces(action_space, squash_output):
     run(BOX, action_space, squash_output=squash_output)
     if squash_output:
+        run(BOX, action_space, squash_type="clip")
         run_fql(BOX, action_space)
 
 
@@ -97,3 +98,14 @@ def test_tanh_reaches_the_bounds_and_no_further():
     # The inverse, inside of the bounds
     raw = np.array([[-2.0, 0.3]], dtype=np.float32)
     assert np.allclose(policy.scale_action(policy.unscale_action(raw)), raw, atol=1e-3)
+
+
+def test_clip_reaches_the_bounds_and_no_further():
+    action_space = spaces.Box(np.array([-0.4, 0.1], dtype=np.float32), np.array([0.4, 0.7], dtype=np.float32))
+    kwargs = dict(squash_type="clip", action_scale=0.5)
+    policy = FPO("MlpPolicy", RandomEnv(BOX, action_space), policy_kwargs=kwargs, device="cpu").policy
+    raw = np.array([[-2.1, -2.1], [2.1, 2.1], [0.0, 0.0], [1.0, 1.0]], dtype=np.float32)
+    actions = policy.unscale_action(raw)
+    assert np.array_equal(actions[0], action_space.low) and np.array_equal(actions[1], action_space.high)
+    assert np.allclose(actions[2:], [[0.0, 0.4], [0.2, 0.55]])
+    assert np.allclose(policy.scale_action(actions[2:]), raw[2:], atol=1e-6)

@@ -18,8 +18,11 @@ Papers: Lipman et al., https://arxiv.org/abs/2210.02747; McAllister et al. (FPO)
 """
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch as th
+
+Time = TypeVar("Time", float, th.Tensor)
 
 #: What a network can predict, and what the CFM loss can supervise.
 PREDICTION_TYPES = ("velocity", "noise", "action")
@@ -27,6 +30,8 @@ PREDICTION_TYPES = ("velocity", "noise", "action")
 LOSS_REDUCTIONS = ("mean", "sum", "sqrt")
 #: Where the timesteps of the Monte-Carlo pairs come from.
 TIMESTEP_DISTRIBUTIONS = ("grid", "uniform")
+#: How the Monte-Carlo pairs of one action depend on each other.
+MC_SAMPLINGS = ("independent", "stratified")
 
 # A noise prediction says nothing about the action at t = 1, nor an action prediction about the noise at t = 0
 # (the conversion divides by 1 - t, or t): such networks are trained and sampled at this distance from there.
@@ -103,6 +108,21 @@ def timestep_range(prediction_type: str) -> tuple[float, float]:
     }[prediction_type]
 
 
+def standard_normal_flow(timesteps: Time, prediction_type: str) -> Time:
+    """
+    What a network has to predict, as a multiple of :math:`x_t`, for the actions to be standard normal: the velocity
+    :math:`E[\\epsilon - a \\mid x_t]`, the noise or the action of :math:`a, \\epsilon \\sim \\mathcal{N}(0, I)`.
+
+    :param timesteps: in [0, 1]
+    :param prediction_type: "velocity", "noise" or "action"
+    :return: of the shape of the timesteps
+    """
+    variance = timesteps**2 + (1 - timesteps) ** 2
+    if prediction_type == "velocity":
+        return (2 * timesteps - 1) / variance
+    return (timesteps if prediction_type == "noise" else 1 - timesteps) / variance
+
+
 def sampler_grid(n_flow_steps: int) -> list[float]:
     """
     The times at which Euler's method with ``n_flow_steps`` steps evaluates the velocity: 1, 1 - 1/K, ..., 1/K.
@@ -113,29 +133,42 @@ def sampler_grid(n_flow_steps: int) -> list[float]:
     return [1.0 - k / n_flow_steps for k in range(n_flow_steps)]
 
 
-def draw_timesteps(
-    shape: tuple[int, ...],
-    distribution: str,
-    n_flow_steps: int,
-    prediction_type: str,
-    device: th.device | str,
-) -> th.Tensor:
+def draw_pairs(
+    n_actions: int,
+    action_dim: int,
+    n_mc_samples: int,
+    sampling: str = "independent",
+    distribution: str = "uniform",
+    n_flow_steps: int = 1,
+    prediction_type: str = "velocity",
+    device: th.device | str = "cpu",
+) -> tuple[th.Tensor, th.Tensor]:
     """
-    Draw the timesteps of the Monte-Carlo pairs.
+    Draw the Monte-Carlo pairs of a batch of actions. Each pair by itself has the same distribution, however they are sampled.
 
-    :param shape: Shape of the result
-    :param distribution: "grid" draws from the times that the sampler visits (as the authors' code does),
+    :param n_actions: Number of actions
+    :param action_dim: Number of action dimensions
+    :param n_mc_samples: Number of pairs for each action
+    :param sampling: "independent", or "stratified" for less variance: half of the pairs have one timestep in each of as many equal
+        parts of [0, 1], the other half the same timesteps and the opposite noise (if their number is odd, one is by itself)
+    :param distribution: "grid" draws timesteps from those that the sampler visits (as the authors' code does),
         "uniform" from [0, 1] (as the paper is written)
     :param n_flow_steps: Number of steps of the sampler
     :param prediction_type: what the network predicts, see ``timestep_range``
     :param device: Device of the result
-    :return: timesteps
+    :return: noise, (n_actions, n_mc_samples, action_dim), and timesteps, (n_actions, n_mc_samples)
     """
+    n_opposite = n_mc_samples // 2 if sampling == "stratified" else 0
+    noise = th.randn((n_actions, n_mc_samples - n_opposite, action_dim), device=device)
+    timesteps = th.rand((n_actions, n_mc_samples - n_opposite), device=device)
+    if n_opposite > 0:
+        timesteps[:, :n_opposite] += th.arange(n_opposite, device=device)
+        timesteps[:, :n_opposite] /= n_opposite
+        noise = th.cat([noise, -noise[:, :n_opposite]], dim=1)
+        timesteps = th.cat([timesteps, timesteps[:, :n_opposite]], dim=1)
     if distribution == "grid":
-        timesteps = 1.0 - th.randint(n_flow_steps, shape, device=device) / n_flow_steps
-    else:
-        timesteps = th.rand(shape, device=device)
-    return timesteps.clamp_(*timestep_range(prediction_type))
+        timesteps = 1.0 - (timesteps * n_flow_steps).floor_().clamp_(max=n_flow_steps - 1) / n_flow_steps
+    return noise, timesteps.clamp_(*timestep_range(prediction_type))
 
 
 def _error_scale(kind: str, timesteps: th.Tensor) -> th.Tensor | float:

@@ -11,7 +11,7 @@ import torch as th
 from torch import nn
 
 from sb3_flow.common.activations import TanhGELU, tanh_gelu_
-from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
+from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_range, to_velocity
 
 if TYPE_CHECKING:
     from sb3_flow.common.networks import FlowNetwork
@@ -118,12 +118,13 @@ class EulerIntegrator:
     adds its output to x by itself.
 
     :param network: The flow network, with at least one hidden layer
-    :param prediction_type: What it predicts: "velocity", "noise" or "action"
     :param n_flow_steps: Number of steps
     """
 
-    def __init__(self, network: "FlowNetwork", prediction_type: str, n_flow_steps: int):
-        times, scales = euler_coefficients(prediction_type, n_flow_steps, network.output_scale)
+    def __init__(self, network: "FlowNetwork", n_flow_steps: int):
+        times, scales = euler_coefficients(
+            network.prediction_type, n_flow_steps, network.output_scale, network.skip_connection
+        )
         *hidden, last = network.layers
         assert isinstance(last, nn.Linear)
         weight, first_action = network.input_layer.weight, network.features_dim
@@ -157,12 +158,13 @@ class EulerIntegrator:
 
 @lru_cache
 def euler_coefficients(
-    prediction_type: str, n_flow_steps: int, output_scale: float
+    prediction_type: str, n_flow_steps: int, output_scale: float, skip_connection: bool
 ) -> tuple[list[float], list[tuple[float, float]]]:
     """
     :param prediction_type: What a network predicts
     :param n_flow_steps: Number of steps
     :param output_scale: Factor on the output of the network
+    :param skip_connection: Whether it has a skip connection
     :return: the times that Euler's method visits, and alpha and beta of each step, see :class:`EulerIntegrator`
     """
     earliest, latest = timestep_range(prediction_type)
@@ -170,8 +172,9 @@ def euler_coefficients(
     one, zero = th.ones((), dtype=th.float64), th.zeros((), dtype=th.float64)
     scales = []
     for t in times:
-        # velocity = to_velocity(1, 0) output + to_velocity(0, 1) x
+        # velocity = to_velocity(1, 0) output_of_the_layers + to_velocity(skip, 1) x
+        skip = standard_normal_flow(t, prediction_type) * one if skip_connection else zero
         alpha = -output_scale * float(to_velocity(one, zero, t, prediction_type)) / n_flow_steps
-        beta = 1.0 - float(to_velocity(zero, one, t, prediction_type)) / n_flow_steps
+        beta = 1.0 - float(to_velocity(skip, one, t, prediction_type)) / n_flow_steps
         scales.append((alpha, beta))
     return times, scales

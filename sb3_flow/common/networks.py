@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from torch import nn
 
 from sb3_flow.common.activations import TanhGELU
-from sb3_flow.common.flow import sampler_grid, timestep_range, to_velocity
+from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_range, to_velocity
 from sb3_flow.common.in_place import EulerIntegrator, Prepared
 from sb3_flow.common.samplers import SAMPLERS, VelocityField
 
@@ -60,6 +60,9 @@ class FlowNetwork(nn.Module):
     :param activation_fn: Activation function
     :param timestep_embedding_dim: Number of features of the timestep (0: the timestep itself)
     :param output_scale: Factor on the output of the last layer
+    :param skip_connection: Whether the layers only learn the difference from the flow that leaves a standard normal
+        distribution as it is (c_skip of Karras et al., https://arxiv.org/abs/2206.00364)
+    :param prediction_type: What the network predicts, "velocity", "noise" or "action": the skip connection depends on it
     """
 
     def __init__(
@@ -70,11 +73,15 @@ class FlowNetwork(nn.Module):
         activation_fn: type[nn.Module] = nn.SiLU,
         timestep_embedding_dim: int = 8,
         output_scale: float = 1.0,
+        skip_connection: bool = False,
+        prediction_type: str = "velocity",
     ):
         super().__init__()
         self.features_dim = features_dim
         self.action_dim = action_dim
         self.output_scale = output_scale
+        self.skip_connection = skip_connection
+        self.prediction_type = prediction_type
         self.timestep_embedding = TimestepEmbedding(timestep_embedding_dim)
         input_dim = features_dim + action_dim + self.timestep_embedding.features_dim
         input_layer, *layers = create_mlp(input_dim, action_dim, net_arch, activation_fn)
@@ -94,7 +101,7 @@ class FlowNetwork(nn.Module):
         """
         features = features.unsqueeze(1).expand(-1, x.shape[1], -1)
         inputs = th.cat([features, x, self.timestep_embedding(timesteps)], dim=-1)
-        return self.output_scale * self.layers(self.input_layer(inputs))
+        return self._add_skip_connection(self.output_scale * self.layers(self.input_layer(inputs)), x, timesteps)
 
     def forward(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -109,14 +116,19 @@ class FlowNetwork(nn.Module):
         from_features = nn.functional.linear(features, weight[:, : self.features_dim], self.input_layer.bias)
         points = th.cat([x, self.timestep_embedding(timesteps)], dim=-1)
         hidden = from_features.unsqueeze(1) + nn.functional.linear(points, weight[:, self.features_dim :])
-        return self.output_scale * self.layers(hidden)
+        return self._add_skip_connection(self.output_scale * self.layers(hidden), x, timesteps)
 
-    def velocity_field(self, features: th.Tensor, prediction_type: str, n_flow_steps: int) -> VelocityField:
+    def _add_skip_connection(self, output: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        if not self.skip_connection:
+            return output
+        scale = standard_normal_flow(timesteps, self.prediction_type)
+        return th.addcmul(output, scale.unsqueeze(-1), x)
+
+    def velocity_field(self, features: th.Tensor, n_flow_steps: int) -> VelocityField:
         """
         The velocity field of a batch of observations.
 
         :param features: (batch, features_dim)
-        :param prediction_type: What this network predicts: "velocity", "noise" or "action"
         :param n_flow_steps: Prepare for the times that a sampler with this number of steps visits
         :return: function of x, (batch, action_dim), and the time, a float
         """
@@ -124,7 +136,7 @@ class FlowNetwork(nn.Module):
         weight = self.input_layer.weight
         weight_x, weight_t = weight[:, first_action:first_time].t(), weight[:, first_time:]
         from_features = nn.functional.linear(features, weight[:, :first_action], self.input_layer.bias)
-        earliest, latest = timestep_range(prediction_type)
+        earliest, latest = timestep_range(self.prediction_type)
 
         def from_features_and_times(times: list[float]) -> tuple[th.Tensor, ...]:
             embedding = self.timestep_embedding(features.new_tensor(times).clamp(earliest, latest))
@@ -137,7 +149,10 @@ class FlowNetwork(nn.Module):
             if t not in prepared:
                 (prepared[t],) = from_features_and_times([t])
             output = self.output_scale * self.layers(th.addmm(prepared[t], x, weight_x))
-            return to_velocity(output, x, min(max(t, earliest), latest), prediction_type)
+            t = min(max(t, earliest), latest)
+            if self.skip_connection:
+                output = th.add(output, x, alpha=standard_normal_flow(t, self.prediction_type))
+            return to_velocity(output, x, t, self.prediction_type)
 
         return field
 
@@ -145,7 +160,6 @@ class FlowNetwork(nn.Module):
         self,
         features: th.Tensor,
         noise: th.Tensor,
-        prediction_type: str,
         n_flow_steps: int,
         sampler: str = "euler",
         sigma: float = 0.0,
@@ -155,7 +169,6 @@ class FlowNetwork(nn.Module):
 
         :param features: (batch, features_dim)
         :param noise: (batch, action_dim)
-        :param prediction_type: What this network predicts: "velocity", "noise" or "action"
         :param n_flow_steps: Number of steps
         :param sampler: One of ``SAMPLERS``
         :param sigma: Standard deviation of the noise of one step, for the samplers that add one
@@ -163,12 +176,12 @@ class FlowNetwork(nn.Module):
         """
         if sampler == "euler" and not th.is_grad_enabled() and len(self.layers) > 0:
             with th.inference_mode():
-                integrator = self._prepared.get(EulerIntegrator, (self,), prediction_type, n_flow_steps)
+                integrator = self._prepared.get(EulerIntegrator, (self,), n_flow_steps)
                 actions = integrator(features, noise)
             # An ordinary tensor again
             return actions.clone(memory_format=th.contiguous_format)
-        field = self.velocity_field(features, prediction_type, n_flow_steps)
-        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma, timestep_range(prediction_type))
+        field = self.velocity_field(features, n_flow_steps)
+        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma, timestep_range(self.prediction_type))
 
     def train(self, mode: bool = True) -> "FlowNetwork":
         self._prepared.clear()

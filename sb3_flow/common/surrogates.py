@@ -29,8 +29,14 @@ def flow_ratio(
     """
     Ratio of the policies, ``exp(old CFM loss - CFM loss)``.
 
-    :param old_loss: CFM loss of each Monte-Carlo pair under the policy that collected the rollout, (batch, n_mc_samples)
-    :param loss: CFM loss of the same pairs under the current policy, (batch, n_mc_samples)
+    The losses are those of the action taken and, behind it, of any number of baseline actions, drawn from the policy that
+    collected the rollout. The exponential of a loss is not normalised: its log-ratio minus the mean of theirs is, to first
+    order. The gradient of that is zero on average over the actions of the old policy, as that of a log-likelihood is, so
+    that an advantage all actions have in common (an error of the value function) does not change the policy on average.
+
+    :param old_loss: CFM loss of each action and Monte-Carlo pair under the policy that collected the rollout,
+        (batch, 1 + n_baseline_actions, n_mc_samples)
+    :param loss: CFM loss of the same under the current policy, (batch, 1 + n_baseline_actions, n_mc_samples)
     :param ratio_type: "averaged" takes the mean over the pairs before the exponential (FPO),
         "per_sample" gives one ratio for each pair (FPO++)
     :param cfm_loss_clip: Upper bound on the losses, before their difference
@@ -41,6 +47,7 @@ def flow_ratio(
     if cfm_loss_clip is not None:
         old_loss, loss = old_loss.clamp(max=cfm_loss_clip), loss.clamp(max=cfm_loss_clip)
     log_ratio = old_loss - loss
+    log_ratio = log_ratio[:, 0] - log_ratio[:, 1:].mean(dim=1) if log_ratio.shape[1] > 1 else log_ratio[:, 0]
     if ratio_type == "averaged":
         log_ratio = log_ratio.mean(dim=1, keepdim=True)
     if log_ratio_clip is not None:

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
+    MC_SAMPLINGS,
     PREDICTION_TYPES,
     TIMESTEP_DISTRIBUTIONS,
     cfm_loss,
     check_choice,
-    draw_timesteps,
+    draw_pairs,
     rescale_error,
 )
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, surrogate_objective
@@ -30,22 +31,28 @@ SelfFPO = TypeVar("SelfFPO", bound="FPO")
 
 
 class FlowRollout(NamedTuple):
-    """Transitions of a rollout and their Monte-Carlo pairs. Actions are raw."""
+    """Transitions of a rollout, and where the CFM loss of each is estimated. Actions are raw."""
 
     observations: PyTorchObs
-    actions: th.Tensor
     old_values: th.Tensor
     advantages: th.Tensor
     returns: th.Tensor
-    #: The pairs, (n_transitions, n_mc_samples, action_dim) and (n_transitions, n_mc_samples)
+    #: The action taken and the baseline actions, (n_transitions, 1 + n_baseline_actions, 1, action_dim)
+    actions: th.Tensor
+    #: The Monte-Carlo pairs, the same for all actions of a transition, (n_transitions, 1, n_mc_samples, action_dim)
+    #: and (n_transitions, 1, n_mc_samples)
     noise: th.Tensor
     timesteps: th.Tensor
 
     def select(self, indices: th.Tensor | slice) -> "FlowRollout":
         observations, *rest = self
-        if isinstance(observations, dict):
-            return FlowRollout({key: obs[indices] for key, obs in observations.items()}, *(x[indices] for x in rest))
-        return FlowRollout(observations[indices], *(x[indices] for x in rest))
+        return FlowRollout(select(observations, indices), *(x[indices] for x in rest))
+
+
+def select(observations: PyTorchObs, indices: th.Tensor | slice) -> PyTorchObs:
+    if isinstance(observations, dict):
+        return {key: obs[indices] for key, obs in observations.items()}
+    return observations[indices]
 
 
 class FPO(OnPolicyAlgorithm):
@@ -82,6 +89,13 @@ class FPO(OnPolicyAlgorithm):
     :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
     :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
         drawn once per rollout. A small number biases the ratio upwards.
+    :param mc_sampling: "independent" for pairs that are independent of each other (authors' code), or "stratified" for less
+        variance of the ratio and its gradient at the same cost: opposite noise and timesteps spread evenly
+    :param n_baseline_actions: Number of further actions, drawn for each observation of the rollout from the policy that
+        collected it, whose change in CFM loss is subtracted from that of the action taken. ``exp(-CFM loss)`` is not
+        normalised: what raises or lowers the loss of all actions alike is not a change of the policy, but without a
+        baseline (0, authors' code) the errors of the value function are multiplied with it. Each one costs as much as
+        the action itself: 1 with half the ``n_mc_samples`` takes the same time as none.
     :param timestep_distribution: Where the timesteps of the pairs come from: "grid" (the times that the sampler
         visits, authors' code) or "uniform"
     :param supervision: What the CFM loss supervises: "velocity", "noise" (authors' default) or "action"
@@ -141,6 +155,8 @@ class FPO(OnPolicyAlgorithm):
         max_grad_norm: float | None = 0.5,
         use_sde: bool = False,
         n_mc_samples: int = 8,
+        mc_sampling: str = "independent",
+        n_baseline_actions: int = 0,
         timestep_distribution: str = "grid",
         supervision: str = "noise",
         loss_reduction: str = "mean",
@@ -195,6 +211,8 @@ class FPO(OnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.n_mc_samples = n_mc_samples
+        self.mc_sampling = mc_sampling
+        self.n_baseline_actions = n_baseline_actions
         self.timestep_distribution = timestep_distribution
         self.supervision = supervision
         self.loss_reduction = loss_reduction
@@ -215,6 +233,7 @@ class FPO(OnPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         check_choice("timestep_distribution", self.timestep_distribution, TIMESTEP_DISTRIBUTIONS)
+        check_choice("mc_sampling", self.mc_sampling, MC_SAMPLINGS)
         check_choice("supervision", self.supervision, PREDICTION_TYPES)
         check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         check_choice("ratio_type", self.ratio_type, RATIO_TYPES)
@@ -226,8 +245,9 @@ class FPO(OnPolicyAlgorithm):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive (or None), it is {value}")
-        if self.ema_start < 0:
-            raise ValueError(f"`ema_start` must not be negative, it is {self.ema_start}")
+        for name in ("ema_start", "n_baseline_actions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
 
         # Sanity check, otherwise it will lead to noisy gradient and NaN
         # because of the advantage normalization
@@ -361,7 +381,7 @@ class FPO(OnPolicyAlgorithm):
                 with th.no_grad():
                     pg_losses.append(policy_loss.detach())
                     value_losses.append(value_loss.detach())
-                    cfm_losses.append(losses.detach().mean())
+                    cfm_losses.append(losses[:, 0].detach().mean())
                     clip_fractions.append(((ratio - 1).abs() > clip_range).float().mean())
                     min_ratio, max_ratio = ratio.detach().aminmax()
                     min_ratios.append(min_ratio)
@@ -405,7 +425,7 @@ class FPO(OnPolicyAlgorithm):
         self.logger.record("train/clip_fraction", th.stack(clip_fractions).mean().item())
         self.logger.record("train/ratio_min", th.stack(min_ratios).min().item())
         self.logger.record("train/ratio_max", th.stack(max_ratios).max().item())
-        self.logger.record("train/raw_action_max", rollout.actions.abs().max().item())
+        self.logger.record("train/raw_action_max", rollout.actions[:, 0].abs().max().item())
         self.logger.record("train/loss", loss.item())
         self.logger.record("train/explained_variance", explained_var)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -432,28 +452,49 @@ class FPO(OnPolicyAlgorithm):
             if not th.isfinite(tensor).all():
                 raise ValueError(f"NaN or inf in the {name} of the rollout: training stopped before it reached the weights")
 
-        shape = (len(data.actions), self.n_mc_samples)
-        timesteps = draw_timesteps(
-            shape, self.timestep_distribution, self.policy.n_flow_steps, self.policy.prediction_type, self.device
+        noise, timesteps = draw_pairs(
+            len(data.actions),
+            data.actions.shape[1],
+            self.n_mc_samples,
+            self.mc_sampling,
+            self.timestep_distribution,
+            self.policy.n_flow_steps,
+            self.policy.prediction_type,
+            self.device,
         )
-        noise = th.randn((*shape, data.actions.shape[1]), device=self.device)
-        return FlowRollout(data.observations, data.actions, data.old_values, data.advantages, data.returns, noise, timesteps)
+        # Baseline actions are drawn as the rollout was
+        actions = [data.actions]
+        for _ in range(self.n_baseline_actions):
+            minibatches = th.arange(len(noise), device=self.device).split(self.batch_size)
+            with th.no_grad():
+                drawn = [self.policy(select(data.observations, indices))[0].flatten(1) for indices in minibatches]
+            actions.append(th.cat(drawn))
+        return FlowRollout(
+            data.observations,
+            data.old_values,
+            data.advantages,
+            data.returns,
+            th.stack(actions, dim=1).unsqueeze(2),
+            noise.unsqueeze(1),
+            timesteps.unsqueeze(1),
+        )
 
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
         return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))
 
     def _evaluate_flow(self, batch: FlowRollout) -> tuple[th.Tensor, th.Tensor]:
+        """Values, and the output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)."""
         return self.policy.evaluate_flow(batch.observations, batch.actions, batch.noise, batch.timesteps)
 
     def _cfm_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
         """
-        :param outputs: Output of the flow network, (batch, n_mc_samples, action_dim)
+        :param outputs: Output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)
         :param batch:
-        :return: CFM loss of each Monte-Carlo pair, (batch, n_mc_samples)
+        :return: CFM loss of each action and Monte-Carlo pair, (batch, 1 + n_baseline_actions, n_mc_samples)
         """
         return cfm_loss(
             outputs,
-            batch.actions.unsqueeze(1),
+            batch.actions,
             batch.noise,
             batch.timesteps,
             self.policy.prediction_type,

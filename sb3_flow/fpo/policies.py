@@ -27,6 +27,9 @@ from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import VelocityField, check_sampler
 
+#: How raw actions are brought into [-1, 1].
+SQUASH_TYPES = ("tanh", "clip")
+
 
 class FlowPolicy(ActorCriticPolicy):
     """
@@ -34,8 +37,9 @@ class FlowPolicy(ActorCriticPolicy):
     velocity field from Gaussian noise (t = 1) to the action (t = 0). Used by FPO.
 
     The flow lives in an unbounded space: a *raw* action. With ``squash_output=True`` the environment receives
-    ``tanh(action_scale * raw)`` rescaled to the bounds of the action space, otherwise the raw action (in env units)
-    clipped to them. Buffers and losses only see raw actions.
+    ``tanh(action_scale * raw)`` (or, with ``squash_type="clip"``, ``action_scale * raw`` clipped to [-1, 1]) rescaled to
+    the bounds of the action space, otherwise the raw action (in env units) clipped to them. Buffers and losses only see
+    raw actions.
 
     :param observation_space: Observation space
     :param action_space: Action space, a ``Box`` (with finite bounds if ``squash_output``)
@@ -45,8 +49,10 @@ class FlowPolicy(ActorCriticPolicy):
     :param ortho_init: Whether to use or not orthogonal initialization,
         instead of LeCun-uniform (the authors' choice)
     :param use_sde: gSDE has no meaning for a flow: must be False
-    :param squash_output: Whether to squash the raw action with a tanh and rescale it to the bounds of the
-        action space, or to clip it to them
+    :param squash_output: Whether to squash the raw action to [-1, 1] and rescale it to the bounds of the action space,
+        or to take it to be in env units and clip it to the bounds
+    :param squash_type: How to squash: "tanh" (authors' code), or "clip", which keeps the noise of exploration the same
+        when the actions are large
     :param action_scale: Factor on the raw action before it is squashed. The raw actions of a new policy are about
         standard normal: this is the standard deviation that exploration starts with, as ``exp(log_std_init)``
         is for a Gaussian policy.
@@ -64,6 +70,10 @@ class FlowPolicy(ActorCriticPolicy):
     :param prediction_type: What the flow network predicts: "velocity", "noise" or "action"
     :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
+    :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
+        distribution as it is. Without it (authors' code), the CFM loss of a new policy has a slope that has nothing to do
+        with the advantages, and the spread of the actions drifts outwards. With it, continuous control is learned faster,
+        but of two equally good actions only one is kept, as by a Gaussian.
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
         (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
         It can be changed later: :meth:`set_sampler`.
@@ -87,6 +97,7 @@ class FlowPolicy(ActorCriticPolicy):
         ortho_init: bool = False,
         use_sde: bool = False,
         squash_output: bool = True,
+        squash_type: str = "tanh",
         action_scale: float = 1.0,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -98,6 +109,7 @@ class FlowPolicy(ActorCriticPolicy):
         prediction_type: str = "velocity",
         timestep_embedding_dim: int = 8,
         output_scale: float = 0.25,
+        skip_connection: bool = False,
         sampler: str = "euler",
         sampler_sigma: float = 0.05,
         action_perturbation_std: float = 0.0,
@@ -105,6 +117,7 @@ class FlowPolicy(ActorCriticPolicy):
     ):
         _check_action_space(action_space, squash_output)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("squash_type", squash_type, SQUASH_TYPES)
         check_sampler(sampler, n_flow_steps, sampler_sigma)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
@@ -120,6 +133,7 @@ class FlowPolicy(ActorCriticPolicy):
         self.prediction_type = prediction_type
         self.timestep_embedding_dim = timestep_embedding_dim
         self.output_scale = output_scale
+        self.skip_connection = skip_connection
         self.sampler = sampler
         self.sampler_sigma = sampler_sigma
         self.action_perturbation_std = action_perturbation_std
@@ -144,6 +158,7 @@ class FlowPolicy(ActorCriticPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         self._squash_output = squash_output
+        self.squash_type = squash_type
         self.action_scale = action_scale
         self.ema: AveragedModel | None = None
         if ema_decay is not None:
@@ -164,6 +179,8 @@ class FlowPolicy(ActorCriticPolicy):
             self.activation_fn,
             self.timestep_embedding_dim,
             self.output_scale,
+            self.skip_connection,
+            self.prediction_type,
         )
         # The actor takes the features as they are: this one only holds the layers of the value function
         vf_arch: dict[str, list[int]] = dict(pi=[], vf=net_arch.get("vf", []))
@@ -188,12 +205,14 @@ class FlowPolicy(ActorCriticPolicy):
         data.update(
             dict(
                 squash_output=self.squash_output,
+                squash_type=self.squash_type,
                 action_scale=self.action_scale,
                 share_features_extractor=self.share_features_extractor,
                 n_flow_steps=self.n_flow_steps,
                 prediction_type=self.prediction_type,
                 timestep_embedding_dim=self.timestep_embedding_dim,
                 output_scale=self.output_scale,
+                skip_connection=self.skip_connection,
                 sampler=self.sampler,
                 sampler_sigma=self.sampler_sigma,
                 action_perturbation_std=self.action_perturbation_std,
@@ -319,7 +338,7 @@ class FlowPolicy(ActorCriticPolicy):
         """
         with th.no_grad():
             action_net, features = self._predicting_actor(obs)
-            return action_net.velocity_field(features, self.prediction_type, self.n_flow_steps)
+            return action_net.velocity_field(features, self.n_flow_steps)
 
     def log_likelihood(self, obs: PyTorchObs, actions: th.Tensor, divergence: str = "exact", n_probes: int = 1) -> th.Tensor:
         """
@@ -344,7 +363,7 @@ class FlowPolicy(ActorCriticPolicy):
         noise_shape = (len(features), action_net.action_dim)
         noise = features.new_zeros(noise_shape) if deterministic else th.randn(noise_shape, device=features.device)
         sigma = 0.0 if deterministic else self.sampler_sigma
-        return action_net.sample(features, noise, self.prediction_type, self.n_flow_steps, self.sampler, sigma)
+        return action_net.sample(features, noise, self.n_flow_steps, self.sampler, sigma)
 
     def evaluate_flow(
         self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor
@@ -352,15 +371,20 @@ class FlowPolicy(ActorCriticPolicy):
         """
         Evaluate the value function and, at points of the paths between noise and action, the flow network.
 
+        The shapes of actions, noise and timesteps must broadcast, (batch, ...) for any number of points per observation.
+
         :param obs: Observation
-        :param actions: Raw actions, (batch, action_dim)
-        :param noise: (batch, n_mc_samples, action_dim)
-        :param timesteps: (batch, n_mc_samples)
-        :return: estimated value, (batch, 1), and output of the flow network, (batch, n_mc_samples, action_dim)
+        :param actions: Raw actions, (batch, ..., action_dim)
+        :param noise: (batch, ..., action_dim)
+        :param timesteps: (batch, ...)
+        :return: estimated value, (batch, 1), and output of the flow network, (batch, ..., action_dim)
         """
         pi_features, vf_features = self._actor_and_critic_features(obs)
         values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
-        return values, self.action_net(pi_features, interpolate(actions.unsqueeze(1), noise, timesteps), timesteps)
+        x_t = interpolate(actions, noise, timesteps)
+        timesteps = timesteps.expand(x_t.shape[:-1])
+        output = self.action_net(pi_features, x_t.flatten(1, -2), timesteps.flatten(1))
+        return values, output.view(x_t.shape)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
@@ -378,11 +402,14 @@ class FlowPolicy(ActorCriticPolicy):
         """
         if not self.squash_output:
             return action
-        return np.arctanh(np.clip(super().scale_action(action), -1 + 1e-6, 1 - 1e-6)) / self.action_scale
+        action = super().scale_action(action)
+        if self.squash_type == "tanh":
+            action = np.arctanh(np.clip(action, -1 + 1e-6, 1 - 1e-6))
+        return action / self.action_scale
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        Action that the environment receives for a raw action: tanh, rescaled to the bounds of the action space.
+        Action that the environment receives for a raw action: squashed, and rescaled to the bounds of the action space.
 
         :param scaled_action: Raw action
         :return: Action, in env units
@@ -390,7 +417,8 @@ class FlowPolicy(ActorCriticPolicy):
         if not self.squash_output:
             return scaled_action
         assert isinstance(self.action_space, spaces.Box)
-        action = super().unscale_action(np.tanh(self.action_scale * scaled_action))
+        squash = np.tanh if self.squash_type == "tanh" else partial(np.clip, a_min=-1, a_max=1)
+        action = super().unscale_action(squash(self.action_scale * scaled_action))
         # Rounding may put an action just outside
         return np.clip(action, self.action_space.low, self.action_space.high)
 

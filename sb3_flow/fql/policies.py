@@ -169,7 +169,7 @@ class BCFlow(BasePolicy):
         :return: function of x, (batch, action_dim), and the time, a float, to the velocity, (batch, action_dim)
         """
         features = self.extract_features(obs, self.features_extractor)
-        return self.network.velocity_field(features, "velocity", self.n_flow_steps)
+        return self.network.velocity_field(features, self.n_flow_steps)
 
     @th.no_grad()
     def sample(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
@@ -182,7 +182,7 @@ class BCFlow(BasePolicy):
         """
         features = self.extract_features(obs, self.features_extractor)
         # Clipped at the end only
-        return self.network.sample(features, noise, "velocity", self.n_flow_steps, self.sampler).clamp_(-1, 1)
+        return self.network.sample(features, noise, self.n_flow_steps, self.sampler).clamp_(-1, 1)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.sample(observation, _draw_noise(observation, self.action_dim, self.device, deterministic))
