@@ -149,8 +149,9 @@ def draw_pairs(
     :param n_actions: Number of actions
     :param action_dim: Number of action dimensions
     :param n_mc_samples: Number of pairs for each action
-    :param sampling: "independent", or "stratified" for less variance: half of the pairs have one timestep in each of as many equal
-        parts of [0, 1], the other half the same timesteps and the opposite noise (if their number is odd, one is by itself)
+    :param sampling: "independent", or "stratified" for less variance: half of the pairs have one timestep in each of as
+        many equal parts of [0, 1], the other half the same timesteps and the opposite noise (if their number is odd, one
+        is by itself)
     :param distribution: "grid" draws timesteps from those that the sampler visits (as the authors' code does),
         "uniform" from [0, 1] (as the paper is written)
     :param n_flow_steps: Number of steps of the sampler
