@@ -270,13 +270,14 @@ def test_trained_agent(monkeypatch):
 
 def test_search_space():
     """Minibatches divide the rollout, and the sampler sees the same bounds in each trial."""
+    sb3_flow.zoo.register()
     for n_envs in (1, 10, 16, 4096):
         study = optuna.create_study()
         distributions = set()
         for _ in range(20):
             trial = study.ask()
             hyperparams = HYPERPARAMS_SAMPLER["fpo"](trial, 1, n_envs, {})
-            assert hyperparams["n_steps"] * n_envs % hyperparams["batch_size"] == 0 and hyperparams["clip_range"] <= 0.1
+            assert hyperparams["n_steps"] * n_envs % hyperparams["batch_size"] == 0 and hyperparams["clip_range"] <= 0.5
             distributions.add(str(trial.distributions))
         assert len(distributions) == 1
 

@@ -39,15 +39,20 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
-        # It collapses with PPO's 0.2
-        "clip_range": trial.suggest_float("clip_range", 0.01, 0.1, log=True),
+        # Without baseline actions it collapses with PPO's 0.2
+        "clip_range": trial.suggest_float("clip_range", 0.01, 0.5, log=True),
         "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
         "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
+        "n_baseline_actions": trial.suggest_categorical("n_baseline_actions", [0, 1]),
+        "mc_sampling": trial.suggest_categorical("mc_sampling", ["independent", "stratified"]),
+        "loss_reduction": trial.suggest_categorical("loss_reduction", ["mean", "sum"]),
         "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
         "trust_region": trial.suggest_categorical("trust_region", ["ppo", "spo", "aspo"]),
         "supervision": trial.suggest_categorical("supervision", ["noise", "velocity"]),
         "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
         "action_scale": trial.suggest_float("action_scale", 0.1, 1, log=True),
+        "squash_type": trial.suggest_categorical("squash_type", ["tanh", "clip"]),
+        "skip_connection": trial.suggest_categorical("skip_connection", [False, True]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fpo"])),
     }
     hyperparams = convert_fpo_params(params)
@@ -67,7 +72,8 @@ def convert_fpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         hyperparams[name] = 1 - hyperparams.pop(f"one_minus_{name}")
     for name in ("n_steps", "batch_size"):
         hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
-    policy_kwargs = {name: hyperparams.pop(name) for name in ("n_flow_steps", "action_scale")}
+    policy_arguments = ("n_flow_steps", "action_scale", "squash_type", "skip_connection")
+    policy_kwargs = {name: hyperparams.pop(name) for name in policy_arguments}
     policy_kwargs["net_arch"] = NET_ARCHS["fpo"][hyperparams.pop("net_arch")]
     return {"policy_kwargs": policy_kwargs, **hyperparams}
 
