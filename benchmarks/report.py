@@ -122,10 +122,18 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
     total = {algo: float(np.mean(means[algo])) for algo in ALGOS}
     ratio = total["fpo"] / total["ppo"]
     rows.append(["**mean**", "", *(f"**{total[algo]:.0f}**" for algo in ALGOS), f"**{ratio:.2f}**", "", "", "", ""])
-    estimates = aggregates(runs, scale)
-    aggregate_rows = [
-        [name, *("{:.0f} [{:.0f}, {:.0f}]".format(*estimates[algo][name]) for algo in ALGOS)] for name in ("IQM", "mean")
-    ]
+    intervals: list[str] = []
+    # One seed has no interval
+    if min(len(task["fpo"]) for task in runs.values()) > 1:
+        estimates = aggregates(runs, scale)
+        aggregate_rows = [
+            [name, *("{:.0f} [{:.0f}, {:.0f}]".format(*estimates[algo][name]) for algo in ALGOS)] for name in ("IQM", "mean")
+        ]
+        intervals = [
+            "Over tasks and seeds, with 95 % stratified bootstrap intervals:",
+            "",
+            table(["", "FPO", "PPO"], aggregate_rows),
+        ]
     plot_curves(runs, figure)
     n_steps = {result["steps"] for task in runs.values() for results in task.values() for result in results}
     return "\n".join(
@@ -140,9 +148,7 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
             table(header, rows),
             f"FPO is ahead on {wins} of {len(runs)} tasks.",
             "",
-            "Over tasks and seeds, with 95 % stratified bootstrap intervals:",
-            "",
-            table(["", "FPO", "PPO"], aggregate_rows),
+            *intervals,
             f".. image:: ../../{figure.relative_to(ROOT)}",
             "",
             "Lines: mean over seeds; bands: from the worst to the best seed.",

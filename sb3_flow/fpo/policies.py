@@ -71,9 +71,9 @@ class FlowPolicy(ActorCriticPolicy):
     :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
-        distribution as it is. Without it (authors' code), the CFM loss of a new policy has a slope that has nothing to do
-        with the advantages, and the spread of the actions drifts outwards. With it, continuous control is learned faster,
-        but of two equally good actions only one is kept, as by a Gaussian.
+        distribution as it is: then a new policy is a Gaussian, and its CFM loss close to its least. Without (authors'
+        code), a new policy is about the same, but what lowers the CFM losses of all actions is most of the slope.
+        For ``n_baseline_actions=1`` in :class:`FPO`: without them, only one of two equally good actions is kept.
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
         (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
         It can be changed later: :meth:`set_sampler`.
