@@ -51,6 +51,9 @@ def test_path_ends_at_noise_and_action():
         ("action", "action", 10.0),
         ("action", "velocity", 10.0 / 0.25**2),
         ("action", "noise", 10.0 * (0.75 / 0.25) ** 2),
+        ("velocity", "elbo", 0.75 / 0.25 * 1.0),
+        ("noise", "elbo", 0.75 / 0.25 * 5.0 / 0.75**2),
+        ("action", "elbo", 0.75 / 0.25 * 10.0 / 0.25**2),
     ],
 )
 @pytest.mark.parametrize("reduction", LOSS_REDUCTIONS)
@@ -104,6 +107,8 @@ def test_pairs(sampling, prediction_type):
     assert uniform.min() >= low and uniform.max() <= high
     assert uniform.min() < 0.01 + SINGULARITY_MARGIN and uniform.max() > 0.99 - SINGULARITY_MARGIN
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.02)
+    # Not where the evidence lower bound has infinite weight
+    assert draw_pairs(2000, 2, 3, sampling, "uniform", 5, prediction_type, "elbo")[1].min() >= SINGULARITY_MARGIN
     assert noise.mean().item() == pytest.approx(0.0, abs=0.05) and noise.std().item() == pytest.approx(1.0, abs=0.03)
     assert sampler_grid(4) == [1.0, 0.75, 0.5, 0.25]
 
@@ -133,6 +138,38 @@ def test_stratified_pairs_have_less_variance():
     error = (independent.var() / len(independent)).sqrt().item()
     assert stratified.mean().item() == pytest.approx(independent.mean().item(), abs=4 * error)
     assert stratified.var() < 0.05 * independent.var()
+
+
+def gaussian_flow(x_t, t, mean, std):
+    """Velocity of the flow from N(0, 1) to N(mean, std^2)."""
+    slope = (t - (1 - t) * std**2) / (t**2 + ((1 - t) * std) ** 2)
+    return slope.unsqueeze(-1) * (x_t - (1 - t.unsqueeze(-1)) * mean) - mean
+
+
+def relative_log_ratio(supervision, std, new_mean, new_std):
+    """
+    Log-ratio of the flows of N(new_mean std, (new_std std)^2) and N(0, std^2), over that of their likelihoods, for
+    several actions (and up to a constant: times below the margin are left out).
+    """
+    z = th.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]).view(5, 1)
+    actions = (z * std).repeat_interleave(40000, dim=0).unsqueeze(1)
+    noise, t = draw_pairs(len(actions), 1, 2, "stratified", "uniform", supervision=supervision)
+    x_t = interpolate(actions, noise, t)
+    velocities = gaussian_flow(x_t, t, 0.0, std), gaussian_flow(x_t, t, new_mean * std, new_std * std)
+    old_loss, loss = (cfm_loss(velocity, actions, noise, t, supervision=supervision) for velocity in velocities)
+    log_ratio = (old_loss - loss).view(5, -1).mean(dim=1)
+    expected = 0.5 * (z**2 - ((z - new_mean) / new_std) ** 2).squeeze(1)
+    return ((log_ratio - log_ratio[2]) / (expected - expected[2]))[[0, 1, 3, 4]]
+
+
+@pytest.mark.parametrize(("new_mean", "new_std"), [(0.05, 1.0), (0.0, 1.05)])
+def test_elbo_is_the_log_likelihood_ratio(new_mean, new_std):
+    """With the weights of the evidence lower bound it is, whatever the spread. With others it gets smaller with the spread."""
+    th.manual_seed(0)
+    wide, narrow = (relative_log_ratio("elbo", std, new_mean, new_std) for std in (1.0, 0.25))
+    assert th.allclose(wide, th.ones(4), atol=0.1) and th.allclose(narrow, th.ones(4), atol=0.15)
+    wide, narrow = (relative_log_ratio("velocity", std, new_mean, new_std) for std in (1.0, 0.25))
+    assert (wide > 3 * narrow).all()
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

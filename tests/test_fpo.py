@@ -197,18 +197,31 @@ def test_baseline_actions_are_those_of_the_policy():
     assert len(drawn.unique()) == 200
 
 
+def test_opposite_baseline_actions():
+    """Stratified sampling draws baseline actions from opposite noise: those of a Gaussian around zero are opposite."""
+    policy_kwargs = dict(output_scale=0.0, skip_connection=True)
+    for mc_sampling, opposite in [("stratified", True), ("independent", False)]:
+        model = make_model(n_baseline_actions=3, mc_sampling=mc_sampling, policy_kwargs=policy_kwargs)
+        collect(model)
+        first, second, third = model._get_rollout().actions[:, 1:].unbind(dim=1)
+        assert th.equal(first, -second) == opposite
+        assert not th.equal(third.abs(), first.abs())
+
+
 def test_common_advantages_do_not_change_the_policy():
     """If all actions are as good as each other there is no policy gradient on average: with baseline actions, that is so."""
     norms = []
-    for n_baseline_actions in (0, 1):
-        model = make_model(n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions)
+    for n_baseline_actions, mc_sampling in [(0, "independent"), (1, "independent"), (2, "stratified")]:
+        model = make_model(
+            n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions, mc_sampling=mc_sampling
+        )
         collect(model)
         rollout = model._get_rollout()
         losses = model._cfm_loss(model._evaluate_flow(rollout)[1], rollout)
         objective = flow_ratio(losses.detach(), losses).mean()
         gradients = th.autograd.grad(objective, list(model.policy.action_net.parameters()))
         norms.append(th.cat([gradient.flatten() for gradient in gradients]).norm().item())
-    assert norms[1] < 0.25 * norms[0]
+    assert norms[1] < 0.25 * norms[0] and norms[2] < 0.25 * norms[0]
 
 
 def test_target_kl_stops_early():

@@ -12,9 +12,16 @@ at a known :math:`(x_t, t)` predicts them all, and their errors differ by a fact
 .. math::
     \\hat\\epsilon - \\epsilon = (1 - t)(\\hat u - u), \\qquad \\hat a - a = -t\\,(\\hat u - u)
 
-so that there is one CFM loss here, whatever the network predicts and whatever the loss supervises.
+so that there is one CFM loss here, whatever the network predicts and whatever the loss supervises. The squared errors have
+different weights at different times. With those of the evidence lower bound,
 
-Papers: Lipman et al., https://arxiv.org/abs/2210.02747; McAllister et al. (FPO), https://arxiv.org/abs/2507.21053
+.. math::
+    \\log p(a) \\ge c - E_{t, \\epsilon} \\frac{1 - t}{t} \\lVert \\hat u(x_t, t) - u \\rVert^2
+
+(see :mod:`sb3_flow.common.likelihood`), it changes as much as the log-likelihood where the flow is exact.
+
+Papers: Lipman et al., https://arxiv.org/abs/2210.02747; McAllister et al. (FPO), https://arxiv.org/abs/2507.21053;
+Kingma et al., https://arxiv.org/abs/2107.00630
 """
 
 from collections.abc import Iterable
@@ -26,6 +33,8 @@ Time = TypeVar("Time", float, th.Tensor)
 
 #: What a network can predict, and what the CFM loss can supervise.
 PREDICTION_TYPES = ("velocity", "noise", "action")
+#: And the CFM loss with the weights of the evidence lower bound.
+SUPERVISIONS = (*PREDICTION_TYPES, "elbo")
 #: How the squared error is reduced over the action dimensions.
 LOSS_REDUCTIONS = ("mean", "sum", "sqrt")
 #: Where the timesteps of the Monte-Carlo pairs come from.
@@ -34,7 +43,8 @@ TIMESTEP_DISTRIBUTIONS = ("grid", "uniform")
 MC_SAMPLINGS = ("independent", "stratified")
 
 # A noise prediction says nothing about the action at t = 1, nor an action prediction about the noise at t = 0
-# (the conversion divides by 1 - t, or t): such networks are trained and sampled at this distance from there.
+# (the conversion divides by 1 - t, or t): such networks are trained and sampled at this distance from there. And the
+# weight of the evidence lower bound is infinite at t = 0.
 SINGULARITY_MARGIN = 0.05
 
 
@@ -94,18 +104,16 @@ def to_velocity(output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor | float,
     return (x_t - output) / timesteps
 
 
-def timestep_range(prediction_type: str) -> tuple[float, float]:
+def timestep_range(prediction_type: str, supervision: str = "velocity") -> tuple[float, float]:
     """
     Times at which a network of this type can be turned into a velocity, see ``SINGULARITY_MARGIN``.
 
     :param prediction_type: "velocity", "noise" or "action"
+    :param supervision: in what the error is wanted
     :return: smallest and largest timestep
     """
-    return {
-        "velocity": (0.0, 1.0),
-        "noise": (0.0, 1.0 - SINGULARITY_MARGIN),
-        "action": (SINGULARITY_MARGIN, 1.0),
-    }[prediction_type]
+    earliest = SINGULARITY_MARGIN if prediction_type == "action" or supervision == "elbo" else 0.0
+    return earliest, 1.0 - SINGULARITY_MARGIN if prediction_type == "noise" else 1.0
 
 
 def standard_normal_flow(timesteps: Time, prediction_type: str) -> Time:
@@ -141,6 +149,7 @@ def draw_pairs(
     distribution: str = "uniform",
     n_flow_steps: int = 1,
     prediction_type: str = "velocity",
+    supervision: str = "velocity",
     device: th.device | str = "cpu",
 ) -> tuple[th.Tensor, th.Tensor]:
     """
@@ -156,6 +165,7 @@ def draw_pairs(
         "uniform" from [0, 1] (as the paper is written)
     :param n_flow_steps: Number of steps of the sampler
     :param prediction_type: what the network predicts, see ``timestep_range``
+    :param supervision: and what the loss supervises
     :param device: Device of the result
     :return: noise, (n_actions, n_mc_samples, action_dim), and timesteps, (n_actions, n_mc_samples)
     """
@@ -169,13 +179,15 @@ def draw_pairs(
         timesteps = th.cat([timesteps, timesteps[:, :n_opposite]], dim=1)
     if distribution == "grid":
         timesteps = 1.0 - (timesteps * n_flow_steps).floor_().clamp_(max=n_flow_steps - 1) / n_flow_steps
-    return noise, timesteps.clamp_(*timestep_range(prediction_type))
+    return noise, timesteps.clamp_(*timestep_range(prediction_type, supervision))
 
 
 def _error_scale(kind: str, timesteps: th.Tensor) -> th.Tensor | float:
     """Size of the error in ``kind`` for a unit error in the velocity."""
     if kind == "velocity":
         return 1.0
+    if kind == "elbo":
+        return ((1 - timesteps) / timesteps).sqrt()
     return 1 - timesteps if kind == "noise" else timesteps
 
 
@@ -212,7 +224,7 @@ def cfm_loss(
     :param noise: (..., action_dim)
     :param timesteps: (...,)
     :param prediction_type: what the network predicts
-    :param supervision: whose squared error is the loss
+    :param supervision: whose squared error is the loss, or "elbo" for the weights of the evidence lower bound
     :param reduction: over the action dimensions: "mean", "sum", or "sqrt" for the sum over the square root of their number
     :return: (...,)
     """

@@ -80,9 +80,10 @@ def evidence_lower_bound(
     :math:`t = \\tau`, where :math:`x_\\tau` is decoded with its own standard deviation :math:`\\tau / (1 - \\tau)`.
     For the exact flow of a distribution it is the density of the flow, and the bound is tight as :math:`\\tau` goes to zero.
 
-    The losses that FPO trains with have other weights, 1 with ``supervision="velocity"`` and :math:`(1 - t)^2` with "noise".
-    The first is, up to a constant, a bound for actions to which noise has been added, because its weight over that of the
-    formula increases with t (https://arxiv.org/abs/2303.00848); the second is not a bound on a likelihood.
+    FPO trains with this loss with ``supervision="elbo"``. Its others have other weights, 1 with "velocity" and
+    :math:`(1 - t)^2` with "noise". The first is, up to a constant, a bound for actions to which noise has been added,
+    because its weight over that of the formula increases with t (https://arxiv.org/abs/2303.00848); the second is not a
+    bound on a likelihood.
 
     :param field: Velocity field
     :param actions: (batch, action_dim)
@@ -100,6 +101,6 @@ def evidence_lower_bound(
         # All actions with one noise at a time: the field has one observation for each action
         velocity = th.stack([field(x, t) for x in interpolate(actions, noise, times)])
         # dt = t d(log t)
-        loss += step * (1 - t) * cfm_loss(velocity, actions, noise, times, reduction="sum").mean(dim=0)
+        loss += step * t * cfm_loss(velocity, actions, noise, times, supervision="elbo", reduction="sum").mean(dim=0)
     decoder_std = smallest_time / (1 - smallest_time)
     return -dim / 2 * math.log(2 * math.pi * math.e * decoder_std**2) - loss

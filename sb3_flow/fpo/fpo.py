@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
     MC_SAMPLINGS,
-    PREDICTION_TYPES,
+    SUPERVISIONS,
     TIMESTEP_DISTRIBUTIONS,
     cfm_loss,
     check_choice,
@@ -90,16 +90,21 @@ class FPO(OnPolicyAlgorithm):
     :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
         drawn once per rollout. A small number biases the ratio upwards.
     :param mc_sampling: "independent" for pairs that are independent of each other (authors' code), or "stratified" for less
-        variance of the ratio and its gradient at the same cost: opposite noise and timesteps spread evenly
+        variance of the ratio and its gradient at the same cost: opposite noise and timesteps spread evenly, and
+        pairs of baseline actions that are sampled from opposite noise
     :param n_baseline_actions: Number of further actions, drawn for each observation of the rollout from the policy that
         collected it, whose change in CFM loss is subtracted from that of the action taken. ``exp(-CFM loss)`` is not
         normalised: what raises or lowers the loss of all actions alike is not a change of the policy, but without a
         baseline (0, authors' code) the errors of the value function are multiplied with it. Each one costs as much as
-        the action itself: 1 with half the ``n_mc_samples`` takes the same time as none.
+        the action itself. As few as there are they add as much variance as the action taken has, but for a pair of opposite
+        ones (``mc_sampling="stratified"``), which has none where the flow is a Gaussian with another mean.
     :param timestep_distribution: Where the timesteps of the pairs come from: "grid" (the times that the sampler
         visits, authors' code) or "uniform"
     :param supervision: What the CFM loss supervises: "velocity", "noise" (authors' default) or "action"
-        (what the network predicts is ``policy_kwargs=dict(prediction_type=...)``)
+        (what the network predicts is ``policy_kwargs=dict(prediction_type=...)``), or "elbo" for the weights of the evidence
+        lower bound. With these (and ``loss_reduction="sum"``) the log-ratio is an estimate of that of the likelihoods, and
+        ``clip_range`` means what it means for PPO, whatever the spread of the policy; with the others the trust region
+        gets larger as the policy gets narrower.
     :param loss_reduction: Reduction of the CFM loss over the action dimensions: "mean", "sum",
         or "sqrt" (the sum over the square root of their number, FPO++)
     :param ratio_type: "averaged" for one ratio per transition (FPO), "per_sample" for one per Monte-Carlo pair (FPO++)
@@ -234,7 +239,7 @@ class FPO(OnPolicyAlgorithm):
     def _check_arguments(self) -> None:
         check_choice("timestep_distribution", self.timestep_distribution, TIMESTEP_DISTRIBUTIONS)
         check_choice("mc_sampling", self.mc_sampling, MC_SAMPLINGS)
-        check_choice("supervision", self.supervision, PREDICTION_TYPES)
+        check_choice("supervision", self.supervision, SUPERVISIONS)
         check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         check_choice("ratio_type", self.ratio_type, RATIO_TYPES)
         check_choice("trust_region", self.trust_region, TRUST_REGIONS)
@@ -460,24 +465,38 @@ class FPO(OnPolicyAlgorithm):
             self.timestep_distribution,
             self.policy.n_flow_steps,
             self.policy.prediction_type,
+            self.supervision,
             self.device,
         )
-        # Baseline actions are drawn as the rollout was
-        actions = [data.actions]
-        for _ in range(self.n_baseline_actions):
-            minibatches = th.arange(len(noise), device=self.device).split(self.batch_size)
-            with th.no_grad():
-                drawn = [self.policy(select(data.observations, indices))[0].flatten(1) for indices in minibatches]
-            actions.append(th.cat(drawn))
         return FlowRollout(
             data.observations,
             data.old_values,
             data.advantages,
             data.returns,
-            th.stack(actions, dim=1).unsqueeze(2),
+            th.stack([data.actions, *self._draw_baseline_actions(data.observations, len(noise))], dim=1).unsqueeze(2),
             noise.unsqueeze(1),
             timesteps.unsqueeze(1),
         )
+
+    def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> list[th.Tensor]:
+        """
+        Draw further actions as the rollout was collected.
+
+        :param observations: of the rollout
+        :param n_transitions: Number of them
+        :return: ``n_baseline_actions`` times (n_transitions, action_dim)
+        """
+        minibatches = [slice(start, start + self.batch_size) for start in range(0, n_transitions, self.batch_size)]
+        shape = (n_transitions, self.rollout_buffer.action_dim)
+        actions: list[th.Tensor] = []
+        while len(actions) < self.n_baseline_actions:
+            noise = th.randn(shape, device=self.device)
+            for sampled_from in (noise, -noise) if self.mc_sampling == "stratified" else (noise,):
+                with th.no_grad():
+                    drawn = [self.policy.explore(select(observations, i), sampled_from[i]) for i in minibatches]
+                actions.append(th.cat(drawn))
+        # (an odd number has one without its opposite)
+        return actions[: self.n_baseline_actions]
 
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
         return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))

@@ -73,7 +73,7 @@ class FlowPolicy(ActorCriticPolicy):
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
         distribution as it is: then a new policy is a Gaussian, and its CFM loss close to its least. Without (authors'
         code), a new policy is about the same, but what lowers the CFM losses of all actions is most of the slope.
-        For ``n_baseline_actions=1`` in :class:`FPO`: without them, only one of two equally good actions is kept.
+        For ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
         (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
         It can be changed later: :meth:`set_sampler`.
@@ -286,9 +286,10 @@ class FlowPolicy(ActorCriticPolicy):
         """
         pi_features, vf_features = self._actor_and_critic_features(obs)
         values = self._values(vf_features)
-        actions = self._sample(self.action_net, pi_features, deterministic)
-        if self.action_perturbation_std > 0 and not deterministic:
-            actions = actions + self.action_perturbation_std * th.randn_like(actions)
+        if deterministic:
+            actions = self._sample(self.action_net, pi_features, deterministic)
+        else:
+            actions = self._explore(pi_features, self._draw_noise(pi_features))
         # (one number tells)
         if not math.isfinite(actions.sum()):
             obs_tensors = obs.values() if isinstance(obs, dict) else [obs]
@@ -353,6 +354,26 @@ class FlowPolicy(ActorCriticPolicy):
         """
         return log_likelihood(self.velocity_field(obs), actions, divergence, n_probes)
 
+    def explore(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        Actions as rollouts collect them.
+
+        :param obs: Observation
+        :param noise: Where to integrate from, (batch, action_dim)
+        :return: Raw action, (batch, action_dim)
+        """
+        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, self.pi_features_extractor))
+        return self._explore(features, noise)
+
+    def _explore(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        actions = self.action_net.sample(features, noise, self.n_flow_steps, self.sampler, self.sampler_sigma)
+        if self.action_perturbation_std > 0:
+            actions = actions + self.action_perturbation_std * th.randn_like(actions)
+        return actions
+
+    def _draw_noise(self, features: th.Tensor) -> th.Tensor:
+        return th.randn((len(features), self.action_net.action_dim), device=features.device)
+
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
         :param action_net: The actor, or its moving average
@@ -360,8 +381,7 @@ class FlowPolicy(ActorCriticPolicy):
         :param deterministic: Whether to integrate from zero noise
         :return: Raw action, (batch, action_dim)
         """
-        noise_shape = (len(features), action_net.action_dim)
-        noise = features.new_zeros(noise_shape) if deterministic else th.randn(noise_shape, device=features.device)
+        noise = features.new_zeros((len(features), action_net.action_dim)) if deterministic else self._draw_noise(features)
         sigma = 0.0 if deterministic else self.sampler_sigma
         return action_net.sample(features, noise, self.n_flow_steps, self.sampler, sigma)
 
