@@ -212,9 +212,7 @@ def test_common_advantages_do_not_change_the_policy():
     """If all actions are as good as each other there is no policy gradient on average: with baseline actions, that is so."""
     norms = []
     for n_baseline_actions, mc_sampling in [(0, "independent"), (1, "independent"), (2, "stratified")]:
-        model = make_model(
-            n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions, mc_sampling=mc_sampling
-        )
+        model = make_model(n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions, mc_sampling=mc_sampling)
         collect(model)
         rollout = model._get_rollout()
         losses = model._cfm_loss(model._evaluate_flow(rollout)[1], rollout)
