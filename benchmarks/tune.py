@@ -3,7 +3,7 @@ Tune the hyperparameters that the DMC tasks share, with Optuna: `python benchmar
 
 A trial is one run on each of some tasks, 250,000 steps each, and its value their mean deterministic return. It is pruned
 after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both; the
-first trial of each is the same known setting. The study is in a journal file: further calls, at the same time or later,
+first trials of each are the same known settings. The study is in a journal file: further calls, at the same time or later,
 go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv.
 """
 
@@ -21,24 +21,30 @@ RESULTS = ROOT / "benchmarks" / "results" / "tuning"
 TASKS = [f"dm_control/{task}-v0" for task in ("reacher-easy", "cheetah-run", "point_mass-easy", "fish-swim")]
 #: Not among the seeds of dmc.py
 SEED = 1000
-NET_ARCHS = {"4x32": [32] * 4, "2x64": [64] * 2, "3x64": [64] * 3, "2x128": [128] * 2}
-SHARED = {"n_steps": 128, "batch_size": 256, "n_epochs": 10, "learning_rate": 4e-4, "gamma": 0.99, "exploration_std": 0.3}
-FIRST_TRIAL: dict[str, dict[str, Any]] = {
-    "fpo": {**SHARED, "net_arch": "4x32", "clip_range": 0.05, "n_flow_steps": 10, "supervision": "noise",
-            "ratio_type": "averaged", "trust_region": "ppo"},
-    "ppo": {**SHARED, "net_arch": "2x64", "clip_range": 0.2, "ent_coef": 0.0, "activation_fn": "silu"},
-}  # fmt: skip
+NET_ARCHS = {"2x64": [64] * 2, "2x128": [128] * 2}
+SHARED = {"batch_size": 256, "n_epochs": 10, "gamma": 0.99, "exploration_std": 0.5, "net_arch": "2x64"}
+FIRST_TRIALS: dict[str, list[dict[str, Any]]] = {
+    "fpo": [
+        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.3, "clip_schedule": "lin_", "ortho_init": False},
+        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": "", "ortho_init": False},
+    ],
+    "ppo": [
+        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.3, "clip_schedule": "lin_", "ent_coef": 0.0},
+        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": "", "ent_coef": 0.0},
+    ],
+}
 
 
 def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
     """Hyperparameters in rl-zoo3's format."""
-    n_steps = trial.suggest_categorical("n_steps", [64, 128, 256])
     batch_size = trial.suggest_categorical("batch_size", [128, 256, 512])
     n_epochs = trial.suggest_categorical("n_epochs", [5, 10, 20])
-    learning_rate = trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True)
+    learning_rate = trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True)
     gamma = trial.suggest_categorical("gamma", [0.97, 0.98, 0.99, 0.995])
-    # Standard deviation of the actions of a new policy, before they are squashed (FPO) or clipped (PPO)
-    std = trial.suggest_float("exploration_std", 0.15, 1.0, log=True)
+    clip_range = f"{trial.suggest_float('clip_range', 0.1, 0.5, log=True):.2f}"
+    clip_schedule = trial.suggest_categorical("clip_schedule", ["", "lin_"])
+    # Standard deviation of the actions of a new policy, before they are clipped
+    std = trial.suggest_float("exploration_std", 0.2, 1.0, log=True)
     net_arch = NET_ARCHS[trial.suggest_categorical("net_arch", list(NET_ARCHS))]
     hyperparameters: dict[str, Any] = dict(
         env_wrapper="gymnasium.wrappers.FlattenObservation",
@@ -46,29 +52,30 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         n_envs=16,
         n_timesteps=1e6,
         policy="MlpPolicy",
-        n_steps=n_steps,
+        n_steps=128,
         batch_size=batch_size,
         n_epochs=n_epochs,
-        learning_rate=f"lin_{learning_rate:.2e}",
+        learning_rate=f"lin_{learning_rate:.1e}",
         gamma=gamma,
+        clip_range=f"lin_{clip_range}" if clip_schedule else float(clip_range),
     )
     networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256])"
     if algo == "fpo":
-        n_flow_steps = trial.suggest_categorical("n_flow_steps", [5, 10])
+        ortho_init = trial.suggest_categorical("ortho_init", [False, True])
+        flow = f"skip_connection=True, squash_type='clip', action_scale={std:.2f}, ortho_init={ortho_init}"
         return dict(
             **hyperparameters,
-            clip_range=float(f"{trial.suggest_float('clip_range', 0.02, 0.2, log=True):.3f}"),
-            supervision=trial.suggest_categorical("supervision", ["noise", "velocity"]),
-            ratio_type=trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
-            trust_region=trial.suggest_categorical("trust_region", ["ppo", "aspo"]),
-            policy_kwargs=f"dict({networks}, action_scale={std:.2f}, n_flow_steps={n_flow_steps})",
+            supervision="elbo",
+            loss_reduction="sum",
+            mc_sampling="stratified",
+            n_mc_samples=4,
+            n_baseline_actions=2,
+            policy_kwargs=f"dict({networks}, {flow})",
         )
-    activation_fn = {"silu": "nn.SiLU", "tanh": "nn.Tanh"}[trial.suggest_categorical("activation_fn", ["silu", "tanh"])]
     return dict(
         **hyperparameters,
-        clip_range=float(f"{trial.suggest_float('clip_range', 0.1, 0.4, log=True):.3f}"),
         ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.001, 0.01]),
-        policy_kwargs=f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn={activation_fn})",
+        policy_kwargs=f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn=nn.SiLU)",
     )
 
 
@@ -93,7 +100,7 @@ def objective(trial: optuna.Trial, algo: str, steps: int, logs: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algo", choices=list(FIRST_TRIAL), default="fpo")
+    parser.add_argument("--algo", choices=list(FIRST_TRIALS), default="fpo")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--steps", type=int, default=250_000)
     parser.add_argument("--logs", type=Path, default=Path("logs/tuning"))
@@ -116,7 +123,8 @@ def main() -> None:
         load_if_exists=True,
     )
     if not study.trials:
-        study.enqueue_trial(FIRST_TRIAL[args.algo])
+        for parameters in FIRST_TRIALS[args.algo]:
+            study.enqueue_trial(parameters)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for _ in range(args.trials):
         study.optimize(lambda trial: objective(trial, args.algo, args.steps, args.logs), n_trials=1)
