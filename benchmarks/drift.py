@@ -23,18 +23,15 @@ from sb3_flow import FPO
 
 RESULTS = ROOT / "benchmarks" / "results" / "drift.json"
 NETS = dict(pi=[64, 64], vf=[64, 64])
-LIKE_PPO: dict[str, Any] = dict(supervision="velocity", loss_reduction="sum", clip_range=0.2)
+ELBO: dict[str, Any] = dict(supervision="elbo", loss_reduction="sum", mc_sampling="stratified", clip_range=0.2)
+SKIP = dict(net_arch=NETS, skip_connection=True)
 SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
     "PPO": (PPO, dict(policy_kwargs=dict(net_arch=NETS, activation_fn=th.nn.SiLU))),
     "FPO": (FPO, dict(policy_kwargs=dict(net_arch=NETS))),
-    "FPO, baseline action": (FPO, dict(policy_kwargs=dict(net_arch=NETS), n_baseline_actions=1)),
-    "FPO, velocity": (FPO, dict(policy_kwargs=dict(net_arch=NETS), **LIKE_PPO)),
-    "FPO, velocity, baseline action": (FPO, dict(policy_kwargs=dict(net_arch=NETS), n_baseline_actions=1, **LIKE_PPO)),
-    "FPO, velocity, skip connection": (FPO, dict(policy_kwargs=dict(net_arch=NETS, skip_connection=True), **LIKE_PPO)),
-    "FPO, velocity, skip connection, baseline action": (
-        FPO,
-        dict(policy_kwargs=dict(net_arch=NETS, skip_connection=True), n_baseline_actions=1, **LIKE_PPO),
-    ),
+    "FPO, baseline actions": (FPO, dict(policy_kwargs=dict(net_arch=NETS), n_baseline_actions=2)),
+    "FPO, elbo": (FPO, dict(policy_kwargs=dict(net_arch=NETS), **ELBO)),
+    "FPO, elbo, skip connection": (FPO, dict(policy_kwargs=SKIP, **ELBO)),
+    "FPO, elbo, skip connection, baseline actions": (FPO, dict(policy_kwargs=SKIP, n_baseline_actions=2, **ELBO)),
 }
 
 
