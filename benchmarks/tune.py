@@ -3,7 +3,7 @@ Tune the hyperparameters that the DMC tasks share, with Optuna: `python benchmar
 
 A trial is one run on each of some tasks, 250,000 steps each, and its value their mean deterministic return. It is pruned
 after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both; the
-first trials of each are the same known settings. The study is in a journal file: further calls, at the same time or later,
+first two of each are settings known to work. The study is in a journal file: further calls, at the same time or later,
 go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv.
 """
 
@@ -18,15 +18,22 @@ from optuna.storages.journal import JournalFileBackend
 from runs import ROOT, Job, run_jobs, train_and_evaluate
 
 RESULTS = ROOT / "benchmarks" / "results" / "tuning"
-TASKS = [f"dm_control/{task}-v0" for task in ("reacher-easy", "cheetah-run", "point_mass-easy", "fish-swim")]
+#: Those of the ten that learn something in so few steps, and what is known to be different for them
+TASKS: dict[str, dict[str, Any]] = {
+    "dm_control/reacher-easy-v0": {},
+    "dm_control/cheetah-run-v0": {},
+    "dm_control/ball_in_cup-catch-v0": {"gamma": 0.95},
+    "dm_control/finger-spin-v0": {"gamma": 0.95},
+}
 #: Not among the seeds of dmc.py
 SEED = 1000
 NET_ARCHS = {"2x64": [64] * 2, "2x128": [128] * 2}
-SHARED = {"batch_size": 256, "n_epochs": 10, "gamma": 0.99, "exploration_std": 0.5, "net_arch": "2x64"}
+SHARED = {"batch_size": 256, "n_epochs": 10, "gamma": 0.99, "exploration_std": 0.5, "net_arch": "2x64",
+          "ortho_init": False}  # fmt: skip
 FIRST_TRIALS: dict[str, list[dict[str, Any]]] = {
     "fpo": [
-        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.3, "clip_schedule": "lin_", "ortho_init": False},
-        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": "", "ortho_init": False},
+        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.5, "clip_schedule": "lin_"},
+        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": ""},
     ],
     "ppo": [
         {**SHARED, "learning_rate": 8e-4, "clip_range": 0.3, "clip_schedule": "lin_", "ent_coef": 0.0},
@@ -59,10 +66,10 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         gamma=gamma,
         clip_range=f"lin_{clip_range}" if clip_schedule else float(clip_range),
     )
-    networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256])"
+    ortho_init = trial.suggest_categorical("ortho_init", [False, True])
+    networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256]), ortho_init={ortho_init}"
     if algo == "fpo":
-        ortho_init = trial.suggest_categorical("ortho_init", [False, True])
-        flow = f"skip_connection=True, squash_type='clip', action_scale={std:.2f}, ortho_init={ortho_init}"
+        flow = f"skip_connection=True, squash_type='clip', action_scale={std:.2f}"
         return dict(
             **hyperparameters,
             supervision="elbo",
@@ -83,10 +90,10 @@ def objective(trial: optuna.Trial, algo: str, steps: int, logs: Path) -> float:
     hyperparameters = suggest(algo, trial)
     trial.set_user_attr("hyperparameters", hyperparameters)
     returns: list[float] = []
-    for task in TASKS:
+    for task, overrides in TASKS.items():
         folder = logs / f"{algo}-{trial.number}-{task.replace('/', '-')}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "hyperparameters.json").write_text(json.dumps(hyperparameters))
+        (folder / "hyperparameters.json").write_text(json.dumps({**hyperparameters, **overrides}))
         arguments = [__file__, "--algo", algo, "--steps", str(steps), "--run-one", task, "--logs", str(folder)]
         run_jobs([Job(folder.name, arguments)], 1, logs)
         returns.append(json.loads((folder / "result.json").read_text())["deterministic"]["mean_return"])
