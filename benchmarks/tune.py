@@ -29,15 +29,15 @@ TASKS: dict[str, dict[str, Any]] = {
 SEED = 1000
 NET_ARCHS = {"2x64": [64] * 2, "2x128": [128] * 2}
 SHARED = {"batch_size": 256, "n_epochs": 10, "gamma": 0.99, "exploration_std": 0.5, "net_arch": "2x64",
-          "ortho_init": False}  # fmt: skip
+          "ent_coef": 0.0, "ortho_init": False}  # fmt: skip
 FIRST_TRIALS: dict[str, list[dict[str, Any]]] = {
     "fpo": [
-        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.5, "clip_schedule": "lin_"},
+        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.5, "clip_schedule": "lin_", "ent_coef": 0.01},
         {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": ""},
     ],
     "ppo": [
-        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.3, "clip_schedule": "lin_", "ent_coef": 0.0},
-        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": "", "ent_coef": 0.0},
+        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.3, "clip_schedule": "lin_"},
+        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": ""},
     ],
 }
 
@@ -64,6 +64,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         n_epochs=n_epochs,
         learning_rate=f"lin_{learning_rate:.1e}",
         gamma=gamma,
+        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.003, 0.01]),
         clip_range=f"lin_{clip_range}" if clip_schedule else float(clip_range),
     )
     ortho_init = trial.suggest_categorical("ortho_init", [False, True])
@@ -81,7 +82,6 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         )
     return dict(
         **hyperparameters,
-        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.001, 0.01]),
         policy_kwargs=f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn=nn.SiLU)",
     )
 

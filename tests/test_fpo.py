@@ -222,6 +222,28 @@ def test_common_advantages_do_not_change_the_policy():
     assert norms[1] < 0.25 * norms[0] and norms[2] < 0.25 * norms[0]
 
 
+def test_entropy_bonus(monkeypatch):
+    """With nothing to gain the entropy decides: the actions spread, or come together if the coefficient is negative."""
+
+    def no_rewards(buffer):
+        def compute_returns_and_advantage(**_):
+            buffer.returns, buffer.advantages = np.zeros_like(buffer.values), np.zeros_like(buffer.values)
+
+        return compute_returns_and_advantage
+
+    spreads = []
+    for ent_coef in (-0.2, 0.0, 0.2):
+        model = make_model(
+            n_steps=512, batch_size=128, n_epochs=10, learning_rate=1e-3, clip_range=0.2, ent_coef=ent_coef,
+            supervision="elbo", loss_reduction="sum", mc_sampling="stratified", n_baseline_actions=2, gamma=0.0,
+            policy_kwargs=dict(skip_connection=True),
+        )  # fmt: skip
+        monkeypatch.setattr(model.rollout_buffer, "compute_returns_and_advantage", no_rewards(model.rollout_buffer))
+        model.learn(5 * 1024)
+        spreads.append(model.policy._predict(th.zeros(5000, 3)).std().item())
+    assert spreads[0] < 0.8 * spreads[1] and spreads[2] > 1.25 * spreads[1]
+
+
 def test_target_kl_stops_early():
     model = make_model(n_epochs=10, target_kl=1e-7)
     collect(model)

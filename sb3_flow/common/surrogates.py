@@ -19,6 +19,16 @@ def _clip_values(x: th.Tensor, low: float | None, high: float) -> th.Tensor:
     return x.detach().clamp(low, high) + (x - x.detach())
 
 
+def relative_loss(loss: th.Tensor) -> th.Tensor:
+    """
+    CFM loss (or its change) of the action taken, minus the mean of the baseline actions, if there are any.
+
+    :param loss: (batch, 1 + n_baseline_actions, n_mc_samples)
+    :return: (batch, n_mc_samples)
+    """
+    return loss[:, 0] - loss[:, 1:].mean(dim=1) if loss.shape[1] > 1 else loss[:, 0]
+
+
 def flow_ratio(
     old_loss: th.Tensor,
     loss: th.Tensor,
@@ -46,8 +56,7 @@ def flow_ratio(
     """
     if cfm_loss_clip is not None:
         old_loss, loss = old_loss.clamp(max=cfm_loss_clip), loss.clamp(max=cfm_loss_clip)
-    log_ratio = old_loss - loss
-    log_ratio = log_ratio[:, 0] - log_ratio[:, 1:].mean(dim=1) if log_ratio.shape[1] > 1 else log_ratio[:, 0]
+    log_ratio = relative_loss(old_loss - loss)
     if ratio_type == "averaged":
         log_ratio = log_ratio.mean(dim=1, keepdim=True)
     if log_ratio_clip is not None:

@@ -24,7 +24,7 @@ from sb3_flow.common.flow import (
     draw_pairs,
     rescale_error,
 )
-from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, surrogate_objective
+from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")
@@ -84,6 +84,9 @@ class FPO(OnPolicyAlgorithm):
         no clipping will be done on the value function.
         IMPORTANT: this clipping depends on the reward scaling.
     :param normalize_advantage: Whether to normalize or not the advantage (in each minibatch)
+    :param ent_coef: Entropy coefficient for the loss calculation. The gradient of the entropy is taken with the CFM losses in
+        place of log-likelihoods, so that it is one only with ``supervision="elbo"``, ``loss_reduction="sum"`` and
+        baseline actions
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
     :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
@@ -156,6 +159,7 @@ class FPO(OnPolicyAlgorithm):
         clip_range: float | Schedule = 0.05,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
         vf_coef: float = 0.25,
         max_grad_norm: float | None = 0.5,
         use_sde: bool = False,
@@ -193,7 +197,7 @@ class FPO(OnPolicyAlgorithm):
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
-            ent_coef=0.0,
+            ent_coef=ent_coef,
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
             use_sde=False,
@@ -342,6 +346,10 @@ class FPO(OnPolicyAlgorithm):
             old_outputs = th.cat([self._evaluate_flow(rollout.select(indices))[1] for indices in minibatches])
             old_losses = th.cat([self._cfm_loss(old_outputs[indices], rollout.select(indices)) for indices in minibatches])
 
+        # How unlikely the actions are: the policy gradient of this "reward" is that of the entropy
+        surprise = relative_loss(old_losses).mean(dim=1)
+        surprise -= surprise.mean()
+
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         pg_losses, value_losses, cfm_losses = [], [], []
@@ -364,6 +372,8 @@ class FPO(OnPolicyAlgorithm):
                 # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
                 elif self.normalize_advantage and len(advantages) > 1:
                     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+                advantages = advantages + self.ent_coef * surprise[indices]
 
                 # Ratio between old and new policy, one at the first iteration
                 ratio = flow_ratio(old_losses[indices], losses, self.ratio_type, self.cfm_loss_clip, self.log_ratio_clip)

@@ -41,6 +41,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
         # The range of PPO is for "elbo", the sum and baseline actions, that of the paper for its own choices
         "clip_range": trial.suggest_float("clip_range", 0.01, 0.5, log=True),
+        "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),
         "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
         "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
         "n_baseline_actions": trial.suggest_categorical("n_baseline_actions", [0, 2]),
