@@ -70,7 +70,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
     ortho_init = trial.suggest_categorical("ortho_init", [False, True])
     networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256]), ortho_init={ortho_init}"
     if algo == "fpo":
-        flow = f"skip_connection=True, squash_type='clip', action_scale={std:.2f}"
+        flow = f"lecun_init=False, output_scale=2.0, skip_connection=True, squash_type='clip', action_scale={std:.2f}"
         return dict(
             **hyperparameters,
             supervision="elbo",

@@ -222,6 +222,14 @@ def test_common_advantages_do_not_change_the_policy():
     assert norms[1] < 0.25 * norms[0] and norms[2] < 0.25 * norms[0]
 
 
+def test_initial_weights():
+    """LeCun-uniform weights have the variance 1 / fan-in, PyTorch's a third of it."""
+    for lecun_init, variance in [(True, 1.0), (False, 1 / 3)]:
+        policy = make_model(policy_kwargs=dict(net_arch=[256, 256], lecun_init=lecun_init)).policy
+        for layer in (policy.action_net.layers[1], policy.mlp_extractor.value_net[2]):
+            assert layer.weight.var().item() * layer.in_features == pytest.approx(variance, rel=0.05)
+
+
 def test_entropy_bonus(monkeypatch):
     """With nothing to gain the entropy decides: the actions spread, or come together if the coefficient is negative."""
 

@@ -66,6 +66,7 @@ def test_algorithm_arguments(kwargs):
         dict(sampler="sde", sampler_sigma=0.0),
         dict(squash_output=False),
         dict(ortho_init=True),
+        dict(lecun_init=False),
         dict(n_flow_steps=1),
         dict(timestep_embedding_dim=0),
         dict(output_scale=1.0, action_perturbation_std=0.05),

@@ -46,8 +46,9 @@ class FlowPolicy(ActorCriticPolicy):
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: The specification of the policy (flow) and value networks.
     :param activation_fn: Activation function
-    :param ortho_init: Whether to use or not orthogonal initialization,
-        instead of LeCun-uniform (the authors' choice)
+    :param ortho_init: Whether to use or not orthogonal initialization
+    :param lecun_init: Otherwise, whether to use LeCun-uniform initialization (authors' code), instead of that of PyTorch,
+        whose smaller weights make a new network almost linear: to be used with a larger ``output_scale``
     :param use_sde: gSDE has no meaning for a flow: must be False
     :param squash_output: Whether to squash the raw action to [-1, 1] and rescale it to the bounds of the action space,
         or to take it to be in env units and clip it to the bounds
@@ -95,6 +96,7 @@ class FlowPolicy(ActorCriticPolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.SiLU,
         ortho_init: bool = False,
+        lecun_init: bool = True,
         use_sde: bool = False,
         squash_output: bool = True,
         squash_type: str = "tanh",
@@ -129,6 +131,7 @@ class FlowPolicy(ActorCriticPolicy):
             raise ValueError("`action_scale` needs `squash_output=True`: actions that are clipped are in env units")
 
         # Needed by _build(), which the constructor of the parent calls
+        self.lecun_init = lecun_init
         self.n_flow_steps = n_flow_steps
         self.prediction_type = prediction_type
         self.timestep_embedding_dim = timestep_embedding_dim
@@ -191,7 +194,7 @@ class FlowPolicy(ActorCriticPolicy):
             self.apply(lambda module: self.init_weights(module, gain=np.sqrt(2)))
             self.init_weights(self.action_net.layers[-1] if len(self.action_net.layers) else self.action_net.input_layer, 0.01)
             self.init_weights(self.value_net, gain=1)
-        else:
+        elif self.lecun_init:
             for module in (self.action_net, self.mlp_extractor, self.value_net):
                 module.apply(lecun_uniform_init)
 
@@ -204,6 +207,7 @@ class FlowPolicy(ActorCriticPolicy):
             del data[name]
         data.update(
             dict(
+                lecun_init=self.lecun_init,
                 squash_output=self.squash_output,
                 squash_type=self.squash_type,
                 action_scale=self.action_scale,
