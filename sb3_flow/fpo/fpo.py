@@ -341,7 +341,7 @@ class FPO(OnPolicyAlgorithm):
         rollout = self._get_rollout()
         n_transitions = len(rollout.actions)
         # The first epoch goes through the rollout in this order, so that its first ratio is exactly one
-        minibatches = [slice(start, start + self.batch_size) for start in range(0, n_transitions, self.batch_size)]
+        minibatches = self._minibatches(n_transitions)
         with th.no_grad():
             old_outputs = th.cat([self._evaluate_flow(rollout.select(indices))[1] for indices in minibatches])
             old_losses = th.cat([self._cfm_loss(old_outputs[indices], rollout.select(indices)) for indices in minibatches])
@@ -478,35 +478,38 @@ class FPO(OnPolicyAlgorithm):
             self.supervision,
             self.device,
         )
+        actions = data.actions.unsqueeze(1)
+        if self.n_baseline_actions > 0:
+            actions = th.cat([actions, self._draw_baseline_actions(data.observations, len(actions))], dim=1)
         return FlowRollout(
             data.observations,
             data.old_values,
             data.advantages,
             data.returns,
-            th.stack([data.actions, *self._draw_baseline_actions(data.observations, len(noise))], dim=1).unsqueeze(2),
+            actions.unsqueeze(2),
             noise.unsqueeze(1),
             timesteps.unsqueeze(1),
         )
 
-    def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> list[th.Tensor]:
+    def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> th.Tensor:
         """
         Draw further actions as the rollout was collected.
 
         :param observations: of the rollout
         :param n_transitions: Number of them
-        :return: ``n_baseline_actions`` times (n_transitions, action_dim)
+        :return: (n_transitions, n_baseline_actions, action_dim)
         """
-        minibatches = [slice(start, start + self.batch_size) for start in range(0, n_transitions, self.batch_size)]
-        shape = (n_transitions, self.rollout_buffer.action_dim)
-        actions: list[th.Tensor] = []
-        while len(actions) < self.n_baseline_actions:
-            noise = th.randn(shape, device=self.device)
-            for sampled_from in (noise, -noise) if self.mc_sampling == "stratified" else (noise,):
-                with th.no_grad():
-                    drawn = [self.policy.explore(select(observations, i), sampled_from[i]) for i in minibatches]
-                actions.append(th.cat(drawn))
-        # (an odd number has one without its opposite)
-        return actions[: self.n_baseline_actions]
+        noise = th.randn((n_transitions, self.n_baseline_actions, self.rollout_buffer.action_dim), device=self.device)
+        if self.mc_sampling == "stratified":
+            n_opposite = self.n_baseline_actions // 2
+            noise[:, n_opposite : 2 * n_opposite] = -noise[:, :n_opposite]
+        minibatches = self._minibatches(n_transitions)
+        with th.no_grad():
+            return th.cat([self.policy.explore(select(observations, i), noise[i]) for i in minibatches])
+
+    def _minibatches(self, n_transitions: int) -> list[slice]:
+        """In the order of the (shuffled) rollout."""
+        return [slice(start, start + self.batch_size) for start in range(0, n_transitions, self.batch_size)]
 
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
         return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))

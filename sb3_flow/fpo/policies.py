@@ -360,14 +360,14 @@ class FlowPolicy(ActorCriticPolicy):
 
     def explore(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
         """
-        Actions as rollouts collect them.
+        Actions as rollouts collect them, several for each observation.
 
-        :param obs: Observation
-        :param noise: Where to integrate from, (batch, action_dim)
-        :return: Raw action, (batch, action_dim)
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :param noise: Where to integrate from, (batch, n_actions, action_dim)
+        :return: Raw actions, (batch, n_actions, action_dim)
         """
         features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, self.pi_features_extractor))
-        return self._explore(features, noise)
+        return self._explore(features.repeat_interleave(noise.shape[1], dim=0), noise.flatten(0, 1)).view(noise.shape)
 
     def _explore(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         actions = self.action_net.sample(features, noise, self.n_flow_steps, self.sampler, self.sampler_sigma)
