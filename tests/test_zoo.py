@@ -72,6 +72,8 @@ def test_hyperparameters_are_valid(algo):
             assert hyperparams["offline_steps"] == (1_000_000 if "ogbench/" in env_id and "visual" not in env_id else 500_000)
             if env_id.startswith("ogbench/"):
                 gym.spec(env_id)
+        elif not env_id.startswith((".", "default", "dm_control/")):
+            gym.spec(env_id)
         if hyperparams["policy"] == "CnnPolicy":
             assert "visual" in env_id and hyperparams["frame_stack"] == 3
             hyperparams["policy"] = "MlpPolicy"
