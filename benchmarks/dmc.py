@@ -58,12 +58,13 @@ def is_done(algo: str, env_id: str, seed: int, steps: int) -> bool:
 def run(algo: str, env_id: str, seed: int, steps: int, logs: Path) -> None:
     """One run, in this process."""
     evaluations = ["--eval-freq", str(steps // 10), "--eval-episodes", "5", "--n-eval-envs", "5"]
+    file = result_file(algo, env_id, seed)
     result = train_and_evaluate(
-        algo, env_id, steps, seed, hyperparameters(algo, env_id), logs / f"{algo}-seed{seed}", train_arguments=evaluations
+        algo, env_id, steps, seed, hyperparameters(algo, env_id), logs / file.stem, train_arguments=evaluations
     )
     command = f"python benchmarks/dmc.py --tasks {env_id} --algos {algo} --seeds {seed} --steps {steps}"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    result_file(algo, env_id, seed).write_text(json.dumps(dict(algo=algo, **result, command=command, **provenance())) + "\n")
+    file.write_text(json.dumps(dict(algo=algo, **result, command=command, **provenance())) + "\n")
 
 
 def main() -> None:
