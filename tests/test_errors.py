@@ -37,7 +37,7 @@ def test_not_positive(name, value):
         FPO("MlpPolicy", "Pendulum-v1", **{name: value})
 
 
-@pytest.mark.parametrize("name", ["ema_start", "n_baseline_actions"])
+@pytest.mark.parametrize("name", ["ema_start", "n_baseline_actions", "bounds_loss_coef"])
 def test_negative(name):
     with pytest.raises(ValueError, match=f"`{name}` must not be negative, it is -1"):
         FPO("MlpPolicy", "Pendulum-v1", **{name: -1})

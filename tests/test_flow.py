@@ -21,6 +21,7 @@ from sb3_flow.common.flow import (
     sampler_grid,
     standard_normal_flow,
     timestep_range,
+    to_action,
     to_velocity,
 )
 from sb3_flow.common.networks import FlowNetwork, TanhGELU, TimestepEmbedding
@@ -85,6 +86,7 @@ def test_cfm_loss_is_equal_across_types(supervision):
     for kind in PREDICTION_TYPES:
         assert th.allclose(losses[kind], losses["velocity"], rtol=1e-3, atol=1e-5)
         assert th.allclose(to_velocity(outputs[kind], x_t, time, kind), velocity, atol=1e-4)
+        assert th.allclose(to_action(outputs[kind], x_t, t, kind), outputs["action"], atol=1e-4)
 
 
 def test_noise_loss_vanishes_at_t_1():

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import sb3_flow.fpo.fpo as fpo_module
 from sb3_flow import FPO
-from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, interpolate
+from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, flow_target, interpolate
 from sb3_flow.common.surrogates import RATIO_TYPES, flow_ratio
 
 
@@ -230,8 +230,8 @@ def test_initial_weights():
             assert layer.weight.var().item() * layer.in_features == pytest.approx(variance, rel=0.05)
 
 
-def test_entropy_bonus(monkeypatch):
-    """With nothing to gain the entropy decides: the actions spread, or come together if the coefficient is negative."""
+def spread_without_rewards(monkeypatch, **kwargs):
+    """Standard deviation of the raw actions after some training with nothing to gain."""
 
     def no_rewards(buffer):
         def compute_returns_and_advantage(**_):
@@ -239,17 +239,59 @@ def test_entropy_bonus(monkeypatch):
 
         return compute_returns_and_advantage
 
-    spreads = []
-    for ent_coef in (-0.2, 0.0, 0.2):
-        model = make_model(
-            n_steps=512, batch_size=128, n_epochs=10, learning_rate=1e-3, clip_range=0.2, ent_coef=ent_coef,
-            supervision="elbo", loss_reduction="sum", mc_sampling="stratified", n_baseline_actions=2, gamma=0.0,
-            policy_kwargs=dict(skip_connection=True),
-        )  # fmt: skip
-        monkeypatch.setattr(model.rollout_buffer, "compute_returns_and_advantage", no_rewards(model.rollout_buffer))
-        model.learn(5 * 1024)
-        spreads.append(model.policy._predict(th.zeros(5000, 3)).std().item())
+    model = make_model(
+        n_steps=512, batch_size=128, n_epochs=10, learning_rate=1e-3, clip_range=0.2,
+        supervision="elbo", loss_reduction="sum", mc_sampling="stratified", n_baseline_actions=2, gamma=0.0,
+        policy_kwargs=dict(skip_connection=True, squash_type="clip"), **kwargs,
+    )  # fmt: skip
+    monkeypatch.setattr(model.rollout_buffer, "compute_returns_and_advantage", no_rewards(model.rollout_buffer))
+    model.learn(5 * 1024)
+    return model.policy._predict(th.zeros(5000, 3)).std().item()
+
+
+def test_entropy_bonus(monkeypatch):
+    """With nothing to gain the entropy decides: the actions spread, or come together if the coefficient is negative."""
+    spreads = [spread_without_rewards(monkeypatch, ent_coef=ent_coef) for ent_coef in (-0.2, 0.0, 0.2)]
     assert spreads[0] < 0.8 * spreads[1] and spreads[2] > 1.25 * spreads[1]
+
+
+def test_bounds_loss_bounds_the_entropy(monkeypatch):
+    """It keeps the actions in reach of the bounds when an entropy bonus drives them out."""
+    free, kept = (spread_without_rewards(monkeypatch, ent_coef=0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
+    assert kept < 0.8 * free
+
+
+@pytest.mark.parametrize(
+    ("policy_kwargs", "soft_bound"),
+    [(dict(squash_type="clip", action_scale=0.5), 3.0), (dict(action_scale=2.0), 1.5), (dict(squash_output=False), 3.0)],
+)
+def test_bounds_loss_by_hand(policy_kwargs, soft_bound):
+    """Pendulum's actions are in [-2, 2]; in raw actions, the loss starts at 1.5 times the bounds if they are clipped."""
+    policy = make_model(policy_kwargs=policy_kwargs).policy
+    unit = 2.0 if policy_kwargs.get("squash_output") is False else 1 / policy_kwargs["action_scale"]
+    actions = th.tensor([[0.0], [-soft_bound], [soft_bound + unit], [-soft_bound - 2 * unit]])
+    assert policy.bounds_loss(actions).tolist() == pytest.approx([0.0, 0.0, 1.0, 4.0])
+
+
+def test_no_bounds_loss_without_bounds():
+    model = make_model(policy_kwargs=dict(squash_output=False))
+    model.policy.action_space = spaces.Box(
+        np.array([-1, -np.inf, 0, -np.inf], np.float32), np.array([3, np.inf, np.inf, 0], np.float32)
+    )
+    loss = model.policy.bounds_loss(th.tensor([[1.0, 1e6, 1e6, -1e6], [6.0, 0.0, 0.0, 0.0]]))
+    assert loss.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_bounds_loss_is_on_the_predicted_actions(prediction_type):
+    """... of the points where the CFM losses are taken: with perfect predictions, the actions of the rollout."""
+    policy_kwargs = dict(squash_type="clip", action_scale=10.0, prediction_type=prediction_type)
+    model = make_model(n_mc_samples=3, n_baseline_actions=2, bounds_loss_coef=0.1, policy_kwargs=policy_kwargs)
+    collect(model)
+    batch = model._get_rollout()
+    outputs = flow_target(prediction_type, batch.actions, batch.noise).expand(-1, 3, 3, -1)
+    expected = (10 * batch.actions.abs() - 1.5).clamp(min=0).square().mean().item()
+    assert model._bounds_loss(outputs, batch).item() == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 def test_target_kl_stops_early():
@@ -287,7 +329,7 @@ def test_logger_keys():
     keys = set(model.logger.name_to_value)
     assert {
         "train/clip_fraction", "train/policy_gradient_loss", "train/value_loss", "train/explained_variance",
-        "train/approx_kl", "train/cfm_loss", "train/ratio_min", "train/ratio_max", "train/raw_action_max",
+        "train/approx_kl", "train/cfm_loss", "train/bounds_loss", "train/ratio_min", "train/ratio_max", "train/raw_action_max",
         "train/loss", "train/learning_rate", "train/clip_range", "train/n_updates",
     } <= keys  # fmt: skip
     values = model.logger.name_to_value

@@ -104,6 +104,22 @@ def to_velocity(output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor | float,
     return (x_t - output) / timesteps
 
 
+def to_action(output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor, prediction_type: str) -> th.Tensor:
+    """
+    The action that the output of a network stands for: the mean of the actions whose paths go through this point.
+
+    :param output: (..., action_dim)
+    :param x_t: where the network was evaluated, (..., action_dim)
+    :param timesteps: and when, (...,)
+    :param prediction_type: what the network predicts
+    :return: (..., action_dim)
+    """
+    if prediction_type == "action":
+        return output
+    timesteps = timesteps.unsqueeze(-1)
+    return x_t - timesteps * to_velocity(output, x_t, timesteps, prediction_type)
+
+
 def timestep_range(prediction_type: str, supervision: str = "velocity") -> tuple[float, float]:
     """
     Times at which a network of this type can be turned into a velocity, see ``SINGULARITY_MARGIN``.

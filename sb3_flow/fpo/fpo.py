@@ -22,7 +22,9 @@ from sb3_flow.common.flow import (
     cfm_loss,
     check_choice,
     draw_pairs,
+    interpolate,
     rescale_error,
+    to_action,
 )
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
@@ -87,6 +89,9 @@ class FPO(OnPolicyAlgorithm):
     :param ent_coef: Entropy coefficient for the loss calculation. The gradient of the entropy is taken with the CFM losses in
         place of log-likelihoods, so that it is one only with ``supervision="elbo"``, ``loss_reduction="sum"`` and
         baseline actions
+    :param bounds_loss_coef: Coefficient of the loss on actions that the flow puts far outside of the bounds of the action
+        space, where no reward brings it back (as in rl_games), see :meth:`FlowPolicy.bounds_loss
+        <sb3_flow.fpo.policies.FlowPolicy.bounds_loss>`. ``ent_coef`` widens a policy beyond them otherwise.
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
     :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
@@ -160,6 +165,7 @@ class FPO(OnPolicyAlgorithm):
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
+        bounds_loss_coef: float = 0.0,
         vf_coef: float = 0.25,
         max_grad_norm: float | None = 0.5,
         use_sde: bool = False,
@@ -219,6 +225,7 @@ class FPO(OnPolicyAlgorithm):
         self.clip_range = clip_range
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
+        self.bounds_loss_coef = bounds_loss_coef
         self.n_mc_samples = n_mc_samples
         self.mc_sampling = mc_sampling
         self.n_baseline_actions = n_baseline_actions
@@ -254,7 +261,7 @@ class FPO(OnPolicyAlgorithm):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive (or None), it is {value}")
-        for name in ("ema_start", "n_baseline_actions"):
+        for name in ("ema_start", "n_baseline_actions", "bounds_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
 
@@ -352,7 +359,7 @@ class FPO(OnPolicyAlgorithm):
 
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        pg_losses, value_losses, cfm_losses = [], [], []
+        pg_losses, value_losses, bounds_losses, cfm_losses = [], [], [], []
         clip_fractions, min_ratios, max_ratios = [], [], []
 
         continue_training = True
@@ -390,12 +397,15 @@ class FPO(OnPolicyAlgorithm):
                 # Value loss using the TD(gae_lambda) target
                 value_loss = F.mse_loss(batch.returns, values_pred)
 
-                loss = policy_loss + self.vf_coef * value_loss
+                bounds_loss = self._bounds_loss(outputs, batch)
+
+                loss = policy_loss + self.vf_coef * value_loss + self.bounds_loss_coef * bounds_loss
 
                 # Logging
                 with th.no_grad():
                     pg_losses.append(policy_loss.detach())
                     value_losses.append(value_loss.detach())
+                    bounds_losses.append(bounds_loss.detach())
                     cfm_losses.append(losses[:, 0].detach().mean())
                     clip_fractions.append(((ratio - 1).abs() > clip_range).float().mean())
                     min_ratio, max_ratio = ratio.detach().aminmax()
@@ -435,6 +445,7 @@ class FPO(OnPolicyAlgorithm):
         # Logs
         self.logger.record("train/policy_gradient_loss", th.stack(pg_losses).mean().item())
         self.logger.record("train/value_loss", th.stack(value_losses).mean().item())
+        self.logger.record("train/bounds_loss", th.stack(bounds_losses).mean().item())
         self.logger.record("train/cfm_loss", th.stack(cfm_losses).mean().item())
         self.logger.record("train/approx_kl", th.stack(approx_kl_divs).mean().item())
         self.logger.record("train/clip_fraction", th.stack(clip_fractions).mean().item())
@@ -533,6 +544,14 @@ class FPO(OnPolicyAlgorithm):
             self.supervision,
             self.loss_reduction,
         )
+
+    def _bounds_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
+        """Mean loss of the actions that the flow predicts where its CFM losses are taken (zero if it has no weight)."""
+        if self.bounds_loss_coef == 0:
+            return outputs.new_zeros(())
+        x_t = interpolate(batch.actions, batch.noise, batch.timesteps)
+        actions = to_action(outputs, x_t, batch.timesteps, self.policy.prediction_type)
+        return self.policy.bounds_loss(actions).mean()
 
     def _pseudo_kl(self, output_change: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """Mean squared change of the predicted noise, FPO++."""

@@ -29,6 +29,8 @@ from sb3_flow.common.samplers import VelocityField, check_sampler
 
 #: How raw actions are brought into [-1, 1].
 SQUASH_TYPES = ("tanh", "clip")
+#: How far out raw actions may be, in units of the bounds and before they are squashed, without a loss (``bounds_loss_coef``).
+SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
 
 
 class FlowPolicy(ActorCriticPolicy):
@@ -409,6 +411,26 @@ class FlowPolicy(ActorCriticPolicy):
         timesteps = timesteps.expand(x_t.shape[:-1])
         output = self.action_net(pi_features, x_t.flatten(1, -2), timesteps.flatten(1))
         return values, output.view(x_t.shape)
+
+    def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Squared distance of raw actions from the soft bounds, zero inside. Beyond them the actions that the environment
+        receives are all about the same, so that no reward brings a policy back.
+
+        :param actions: Raw actions, (..., action_dim)
+        :return: Sum over the dimensions, in units of half the distance of the bounds of the action space, (...,)
+        """
+        if self.squash_output:
+            actions, soft_bound = self.action_scale * actions, SOFT_BOUNDS[self.squash_type]
+        else:
+            assert isinstance(self.action_space, spaces.Box)
+            low, high = (
+                th.as_tensor(b, device=actions.device).flatten() for b in (self.action_space.low, self.action_space.high)
+            )
+            # Without bounds on both sides, 0 or infinite
+            middle = th.where((low + high).isfinite(), (low + high) / 2, 0.0)
+            actions, soft_bound = (actions - middle) / ((high - low) / 2), SOFT_BOUNDS["clip"]
+        return nn.functional.relu(actions.abs() - soft_bound).square().sum(dim=-1)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
