@@ -56,6 +56,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "squash_type": trial.suggest_categorical("squash_type", ["tanh", "clip"]),
         "skip_connection": trial.suggest_categorical("skip_connection", [False, True]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fpo"])),
+        "bounds_loss_coef": trial.suggest_categorical("bounds_loss_coef", [0.0, 0.1]),
     }
     hyperparams = convert_fpo_params(params)
     for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
