@@ -273,23 +273,23 @@ def test_bounds_loss_by_hand(policy_kwargs, soft_bound):
     assert policy.bounds_loss(actions).tolist() == pytest.approx([0.0, 0.0, 1.0, 4.0])
 
 
-def test_no_bounds_loss_without_bounds():
-    model = make_model(policy_kwargs=dict(squash_output=False))
-    model.policy.action_space = spaces.Box(
-        np.array([-1, -np.inf, 0, -np.inf], np.float32), np.array([3, np.inf, np.inf, 0], np.float32)
-    )
-    loss = model.policy.bounds_loss(th.tensor([[1.0, 1e6, 1e6, -1e6], [6.0, 0.0, 0.0, 0.0]]))
-    assert loss.tolist() == [0.0, 1.0]
+def test_bounds_loss_in_env_units():
+    """From the middle of the bounds, and none for an action that is fixed."""
+    env = gym.make("Pendulum-v1")
+    env.action_space = spaces.Box(np.array([-1.0, 0.5]), np.array([3.0, 0.5]), dtype=np.float64)
+    policy = FPO("MlpPolicy", env, policy_kwargs=dict(squash_output=False), device="cpu").policy
+    loss = policy.bounds_loss(th.tensor([[4.0, 7.0], [6.0, 0.0]]))
+    assert loss.tolist() == [0.0, 1.0] and loss.dtype == th.float32
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_bounds_loss_is_on_the_predicted_actions(prediction_type):
     """... of the points where the CFM losses are taken: with perfect predictions, the actions of the rollout."""
     policy_kwargs = dict(squash_type="clip", action_scale=10.0, prediction_type=prediction_type)
-    model = make_model(n_mc_samples=3, n_baseline_actions=2, bounds_loss_coef=0.1, policy_kwargs=policy_kwargs)
+    model = make_model(n_mc_samples=4, n_baseline_actions=2, bounds_loss_coef=0.1, policy_kwargs=policy_kwargs)
     collect(model)
     batch = model._get_rollout()
-    outputs = flow_target(prediction_type, batch.actions, batch.noise).expand(-1, 3, 3, -1)
+    outputs = flow_target(prediction_type, batch.actions, batch.noise).expand(-1, 3, 4, -1)
     expected = (10 * batch.actions.abs() - 1.5).clamp(min=0).square().mean().item()
     assert model._bounds_loss(outputs, batch).item() == pytest.approx(expected, rel=1e-3) and expected > 0
 
@@ -329,7 +329,7 @@ def test_logger_keys():
     keys = set(model.logger.name_to_value)
     assert {
         "train/clip_fraction", "train/policy_gradient_loss", "train/value_loss", "train/explained_variance",
-        "train/approx_kl", "train/cfm_loss", "train/bounds_loss", "train/ratio_min", "train/ratio_max", "train/raw_action_max",
+        "train/approx_kl", "train/cfm_loss", "train/ratio_min", "train/ratio_max", "train/raw_action_max",
         "train/loss", "train/learning_rate", "train/clip_range", "train/n_updates",
     } <= keys  # fmt: skip
     values = model.logger.name_to_value

@@ -52,7 +52,7 @@ def test_surrogate_arguments(trust_region, ratio_type, loss_reduction):
         dict(n_epochs=1),
         dict(target_kl=0.01),
         dict(ema_decay=0.95, ema_start=1),
-        dict(ent_coef=0.01, bounds_loss_coef=0.1),
+        dict(ent_coef=0.01, bounds_loss_coef=0.1, policy_kwargs=dict(squash_output=False)),
         dict(batch_size=1, normalize_advantage=False, n_steps=1, total_timesteps=4),
     ],
 )

@@ -89,12 +89,12 @@ class FPO(OnPolicyAlgorithm):
     :param ent_coef: Entropy coefficient for the loss calculation. The gradient of the entropy is taken with the CFM losses in
         place of log-likelihoods, so that it is one only with ``supervision="elbo"``, ``loss_reduction="sum"`` and
         baseline actions
-    :param bounds_loss_coef: Coefficient of the loss on actions that the flow puts far outside of the bounds of the action
-        space, where no reward brings it back (as in rl_games), see :meth:`FlowPolicy.bounds_loss
-        <sb3_flow.fpo.policies.FlowPolicy.bounds_loss>`. ``ent_coef`` widens a policy beyond them otherwise.
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
     :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
+    :param bounds_loss_coef: Coefficient of a loss on predicted actions far outside of the bounds of the action space, where
+        rewards no longer depend on the action (rl_games has it on the mean of a Gaussian): see ``FlowPolicy.bounds_loss``.
+        Without it, ``ent_coef`` drives the actions out of the bounds.
     :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
         drawn once per rollout. A small number biases the ratio upwards.
     :param mc_sampling: "independent" for pairs that are independent of each other (authors' code), or "stratified" for less
@@ -165,10 +165,10 @@ class FPO(OnPolicyAlgorithm):
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
-        bounds_loss_coef: float = 0.0,
         vf_coef: float = 0.25,
         max_grad_norm: float | None = 0.5,
         use_sde: bool = False,
+        bounds_loss_coef: float = 0.0,
         n_mc_samples: int = 8,
         mc_sampling: str = "independent",
         n_baseline_actions: int = 0,
@@ -262,7 +262,7 @@ class FPO(OnPolicyAlgorithm):
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive (or None), it is {value}")
         for name in ("ema_start", "n_baseline_actions", "bounds_loss_coef"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
 
         # Sanity check, otherwise it will lead to noisy gradient and NaN
@@ -429,8 +429,8 @@ class FPO(OnPolicyAlgorithm):
                 grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
                 if not th.isfinite(grad_norm):
                     raise ValueError(
-                        f"The gradient is not finite (policy loss: {policy_loss.item()}, value loss: {value_loss.item()}): "
-                        "training stopped before it reached the weights"
+                        f"The gradient is not finite (policy loss: {policy_loss.item()}, value loss: {value_loss.item()}, "
+                        f"bounds loss: {bounds_loss.item()}): training stopped before it reached the weights"
                     )
                 self.policy.optimizer.step()
                 if self.policy.ema is not None:
@@ -445,7 +445,8 @@ class FPO(OnPolicyAlgorithm):
         # Logs
         self.logger.record("train/policy_gradient_loss", th.stack(pg_losses).mean().item())
         self.logger.record("train/value_loss", th.stack(value_losses).mean().item())
-        self.logger.record("train/bounds_loss", th.stack(bounds_losses).mean().item())
+        if self.bounds_loss_coef > 0:
+            self.logger.record("train/bounds_loss", th.stack(bounds_losses).mean().item())
         self.logger.record("train/cfm_loss", th.stack(cfm_losses).mean().item())
         self.logger.record("train/approx_kl", th.stack(approx_kl_divs).mean().item())
         self.logger.record("train/clip_fraction", th.stack(clip_fractions).mean().item())

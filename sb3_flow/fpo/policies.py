@@ -29,7 +29,8 @@ from sb3_flow.common.samplers import VelocityField, check_sampler
 
 #: How raw actions are brought into [-1, 1].
 SQUASH_TYPES = ("tanh", "clip")
-#: How far out raw actions may be, in units of the bounds and before they are squashed, without a loss (``bounds_loss_coef``).
+#: How far from the middle actions may be without a loss (``bounds_loss_coef``), in units of half the distance of the bounds,
+#: before they are squashed or clipped.
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
 
 
@@ -424,12 +425,11 @@ class FlowPolicy(ActorCriticPolicy):
             actions, soft_bound = self.action_scale * actions, SOFT_BOUNDS[self.squash_type]
         else:
             assert isinstance(self.action_space, spaces.Box)
-            low, high = (
-                th.as_tensor(b, device=actions.device).flatten() for b in (self.action_space.low, self.action_space.high)
-            )
-            # Without bounds on both sides, 0 or infinite
-            middle = th.where((low + high).isfinite(), (low + high) / 2, 0.0)
-            actions, soft_bound = (actions - middle) / ((high - low) / 2), SOFT_BOUNDS["clip"]
+            bounds = self.action_space.low, self.action_space.high
+            low, high = (th.as_tensor(bound).to(actions).flatten() for bound in bounds)
+            # There is nothing to choose, and no loss, where the bounds are equal
+            half_distance = th.where(high > low, (high - low) / 2, th.inf)
+            actions, soft_bound = (actions - (low + high) / 2) / half_distance, SOFT_BOUNDS["clip"]
         return nn.functional.relu(actions.abs() - soft_bound).square().sum(dim=-1)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
