@@ -76,6 +76,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
             supervision="elbo",
             loss_reduction="sum",
             mc_sampling="stratified",
+            timestep_distribution="importance",
             n_mc_samples=4,
             n_baseline_actions=2,
             policy_kwargs=f"dict({networks}, {flow})",

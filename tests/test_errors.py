@@ -37,6 +37,11 @@ def test_not_positive(name, value):
         FPO("MlpPolicy", "Pendulum-v1", **{name: value})
 
 
+def test_importance_of_a_single_time():
+    with pytest.raises(ValueError, match="`n_flow_steps` must be at least 2"):
+        FPO("MlpPolicy", "Pendulum-v1", timestep_distribution="importance", policy_kwargs=dict(n_flow_steps=1))
+
+
 @pytest.mark.parametrize("name", ["ema_start", "n_baseline_actions", "bounds_loss_coef"])
 def test_negative(name):
     with pytest.raises(ValueError, match=f"`{name}` must not be negative, it is -1"):

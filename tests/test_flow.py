@@ -26,6 +26,7 @@ from sb3_flow.common.flow import (
 )
 from sb3_flow.common.networks import FlowNetwork, TanhGELU, TimestepEmbedding
 from sb3_flow.common.samplers import SAMPLERS
+from sb3_flow.common.surrogates import relative_loss
 
 
 def test_path_ends_at_noise_and_action():
@@ -98,13 +99,13 @@ def test_noise_loss_vanishes_at_t_1():
 @pytest.mark.parametrize("sampling", MC_SAMPLINGS)
 def test_pairs(sampling, prediction_type):
     low, high = timestep_range(prediction_type)
-    noise, grid = draw_pairs(2000, 2, 3, sampling, "grid", 5, prediction_type)
+    noise, grid, _ = draw_pairs(2000, 2, 3, sampling, "grid", 5, prediction_type)
     assert noise.shape == (2000, 3, 2) and grid.shape == (2000, 3)
     # All the times the sampler visits, about as often
     values, counts = grid.unique(return_counts=True)
     assert np.allclose(values.numpy(), np.clip([0.2, 0.4, 0.6, 0.8, 1.0], low, high))
     assert counts.min() > 0.85 * grid.numel() / 5
-    _, uniform = draw_pairs(2000, 2, 3, sampling, "uniform", 5, prediction_type)
+    _, uniform, _ = draw_pairs(2000, 2, 3, sampling, "uniform", 5, prediction_type)
     assert len(uniform.unique()) > 3000
     assert uniform.min() >= low and uniform.max() <= high
     assert uniform.min() < 0.01 + SINGULARITY_MARGIN and uniform.max() > 0.99 - SINGULARITY_MARGIN
@@ -115,14 +116,27 @@ def test_pairs(sampling, prediction_type):
     assert sampler_grid(4) == [1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.parametrize(("supervision", "odds"), [("velocity", [1, 1, 1, 1]), ("noise", [3, 2, 1, 0]), ("elbo", [3, 1, 1 / 3, 0])])
+def test_importance_of_the_times(supervision, odds):
+    """Times of the grid as often as the square roots of their weights, and weights that undo it."""
+    _, timesteps, weights = draw_pairs(
+        20000, 1, 5, "stratified", "importance", 4, supervision=supervision
+    )  # fmt: skip
+    odds = np.sqrt(odds) if supervision == "elbo" else np.array(odds)
+    for time, probability in zip([0.25, 0.5, 0.75, 1.0], odds / sum(odds), strict=True):
+        drawn = timesteps == time
+        assert drawn.float().mean().item() == pytest.approx(probability, abs=0.01)
+        if probability > 0:
+            assert weights[drawn].tolist() == pytest.approx([1 / (4 * probability)] * drawn.sum().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("n_mc_samples", [1, 2, 7, 8])
 def test_stratified_pairs(n_mc_samples):
-    noise, timesteps = draw_pairs(50, 2, n_mc_samples, "stratified", "uniform")
-    half = n_mc_samples // 2
-    assert noise.shape == (50, n_mc_samples, 2) and timesteps.shape == (50, n_mc_samples)
-    assert th.equal(noise[:, n_mc_samples - half :], -noise[:, :half])
-    assert th.equal(timesteps[:, n_mc_samples - half :], timesteps[:, :half])
-    assert th.equal((timesteps[:, :half] * half).floor(), th.arange(half).expand(50, -1).float())
+    noise, timesteps, weights = draw_pairs(50, 2, n_mc_samples, "stratified", "uniform")
+    assert noise.shape == (50, n_mc_samples, 2) and timesteps.shape == weights.shape == (50, n_mc_samples)
+    assert th.equal((timesteps * n_mc_samples).floor(), th.arange(n_mc_samples).expand(50, -1).float())
+    assert th.equal(noise[:, 1::2], -noise[:, : n_mc_samples - 1 : 2]) and len(noise.abs().unique()) == 100 * -(-n_mc_samples // 2)
+    assert (weights == 1).all()
 
 
 def test_stratified_pairs_have_less_variance():
@@ -131,7 +145,7 @@ def test_stratified_pairs_have_less_variance():
     actions = th.ones(20000, 1, 1)
 
     def log_ratio(sampling):
-        noise, t = draw_pairs(20000, 1, 8, sampling)
+        noise, t, _ = draw_pairs(20000, 1, 8, sampling)
         x_t = interpolate(actions, noise, t)
         old, new = (cfm_loss(0.3 * x_t - shift, actions, noise, t).mean(dim=1) for shift in (0.7, 0.75))
         return old - new
@@ -155,7 +169,7 @@ def relative_log_ratio(supervision, std, new_mean, new_std):
     """
     z = th.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]).view(5, 1)
     actions = (z * std).repeat_interleave(40000, dim=0).unsqueeze(1)
-    noise, t = draw_pairs(len(actions), 1, 2, "stratified", "uniform", supervision=supervision)
+    noise, t, _ = draw_pairs(len(actions), 1, 2, "stratified", "uniform", supervision=supervision)
     x_t = interpolate(actions, noise, t)
     velocities = gaussian_flow(x_t, t, 0.0, std), gaussian_flow(x_t, t, new_mean * std, new_std * std)
     old_loss, loss = (cfm_loss(velocity, actions, noise, t, supervision=supervision) for velocity in velocities)
@@ -172,6 +186,28 @@ def test_elbo_is_the_log_likelihood_ratio(new_mean, new_std):
     assert th.allclose(wide, th.ones(4), atol=0.1) and th.allclose(narrow, th.ones(4), atol=0.15)
     wide, narrow = (relative_log_ratio("velocity", std, new_mean, new_std) for std in (1.0, 0.25))
     assert (wide > 3 * narrow).all()
+
+
+@pytest.mark.parametrize("sampling", MC_SAMPLINGS)
+def test_importance_sampling_has_less_variance(sampling):
+    """The log-ratio of a narrow Gaussian that moves is the same on average, its variance less than half."""
+    th.manual_seed(0)
+    std = 0.1
+    # An action and the baseline action opposite to it
+    actions = th.tensor([std, -std]).view(1, 2, 1, 1)
+
+    def log_ratio(distribution):
+        pairs = draw_pairs(40000, 1, 4, sampling, distribution, 10, supervision="elbo")
+        noise, t, weights = (x.unsqueeze(1) for x in pairs)
+        x_t = interpolate(actions, noise, t)
+        velocities = (gaussian_flow(x_t, t, mean, std) for mean in (0.0, 0.01 * std))
+        old, new = (cfm_loss(velocity, actions, noise, t, supervision="elbo") for velocity in velocities)
+        return relative_loss(weights * (old - new)).mean(dim=1)
+
+    grid, importance = log_ratio("grid"), log_ratio("importance")
+    error = (grid.var() / len(grid)).sqrt().item()
+    assert importance.mean().item() == pytest.approx(grid.mean().item(), abs=4 * error)
+    assert importance.var() < 0.5 * grid.var()
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -369,7 +405,7 @@ def test_flow_learns_a_mixture(prediction_type, skip_connection):
     for _ in range(1500):
         mode = (th.rand(1024) > weight).long()
         actions = means[mode] + std * th.randn(1024, 2)
-        noise, t = (pairs.squeeze(1) for pairs in draw_pairs(1024, 2, 1, prediction_type=prediction_type))
+        noise, t, _ = (pairs.squeeze(1) for pairs in draw_pairs(1024, 2, 1, prediction_type=prediction_type))
         output = network(features, interpolate(actions, noise, t).unsqueeze(0), t.unsqueeze(0)).squeeze(0)
         loss = cfm_loss(output, actions, noise, t, prediction_type, prediction_type).mean()
         optimizer.zero_grad()

@@ -38,7 +38,7 @@ SUPERVISIONS = (*PREDICTION_TYPES, "elbo")
 #: How the squared error is reduced over the action dimensions.
 LOSS_REDUCTIONS = ("mean", "sum", "sqrt")
 #: Where the timesteps of the Monte-Carlo pairs come from.
-TIMESTEP_DISTRIBUTIONS = ("grid", "uniform")
+TIMESTEP_DISTRIBUTIONS = ("grid", "uniform", "importance")
 #: How the Monte-Carlo pairs of one action depend on each other.
 MC_SAMPLINGS = ("independent", "stratified")
 
@@ -167,41 +167,42 @@ def draw_pairs(
     prediction_type: str = "velocity",
     supervision: str = "velocity",
     device: th.device | str = "cpu",
-) -> tuple[th.Tensor, th.Tensor]:
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """
     Draw the Monte-Carlo pairs of a batch of actions. Each pair by itself has the same distribution, however they are sampled.
 
     :param n_actions: Number of actions
     :param action_dim: Number of action dimensions
     :param n_mc_samples: Number of pairs for each action
-    :param sampling: "independent", or "stratified" for less variance: half of the pairs have one timestep in each of as
-        many equal parts of [0, 1], the other half the same timesteps and the opposite noise (if their number is odd, one
-        is by itself)
+    :param sampling: "independent", or "stratified" for less variance: the timesteps are in as many equally likely parts of
+        [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise
     :param distribution: "grid" draws timesteps from those that the sampler visits (as the authors' code does),
-        "uniform" from [0, 1] (as the paper is written)
+        "uniform" from [0, 1] (as the paper is written), and "importance" those of the grid with a probability proportional
+        to the square root of the weight that their squared error has, which makes the losses of all of them about as large
     :param n_flow_steps: Number of steps of the sampler
     :param prediction_type: what the network predicts, see ``timestep_range``
     :param supervision: and what the loss supervises
     :param device: Device of the result
-    :return: noise, (n_actions, n_mc_samples, action_dim), and timesteps, (n_actions, n_mc_samples)
+    :return: noise, (n_actions, n_mc_samples, action_dim), timesteps, (n_actions, n_mc_samples), and the weights with which
+        their losses have the same mean as those of the grid, (n_actions, n_mc_samples): one, but for "importance"
     """
-    n_opposite = n_mc_samples // 2 if sampling == "stratified" else 0
-    noise = th.randn((n_actions, n_mc_samples - n_opposite, action_dim), device=device)
-    timesteps = th.rand((n_actions, n_mc_samples - n_opposite), device=device)
-    if n_opposite > 0:
-        timesteps[:, :n_opposite] += th.arange(n_opposite, device=device)
-        timesteps[:, :n_opposite] /= n_opposite
-        noise = th.cat([noise, -noise[:, :n_opposite]], dim=1)
-        timesteps = th.cat([timesteps, timesteps[:, :n_opposite]], dim=1)
-    if distribution == "grid":
-        timesteps = 1.0 - (timesteps * n_flow_steps).floor_().clamp_(max=n_flow_steps - 1) / n_flow_steps
-    return noise, timesteps.clamp_(*timestep_range(prediction_type, supervision))
+    noise = th.randn((n_actions, n_mc_samples, action_dim), device=device)
+    timesteps = th.rand((n_actions, n_mc_samples), device=device)
+    if sampling == "stratified":
+        timesteps = (timesteps + th.arange(n_mc_samples, device=device)) / n_mc_samples
+        noise[:, 1::2] = -noise[:, : n_mc_samples - 1 : 2]
+    if distribution == "uniform":
+        return noise, timesteps.clamp_(*timestep_range(prediction_type, supervision)), th.ones_like(timesteps)
+    grid = th.tensor(sampler_grid(n_flow_steps), device=device).clamp_(*timestep_range(prediction_type, supervision))
+    odds = _error_scale(supervision, grid) if distribution == "importance" else th.ones_like(grid)
+    indices = th.searchsorted(odds.cumsum(0), timesteps * odds.sum(), right=True).clamp_(max=n_flow_steps - 1)
+    return noise, grid[indices], (odds.mean() / odds)[indices]
 
 
-def _error_scale(kind: str, timesteps: th.Tensor) -> th.Tensor | float:
+def _error_scale(kind: str, timesteps: th.Tensor) -> th.Tensor:
     """Size of the error in ``kind`` for a unit error in the velocity."""
     if kind == "velocity":
-        return 1.0
+        return th.ones_like(timesteps)
     if kind == "elbo":
         return ((1 - timesteps) / timesteps).sqrt()
     return 1 - timesteps if kind == "noise" else timesteps

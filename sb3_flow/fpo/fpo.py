@@ -42,9 +42,10 @@ class FlowRollout(NamedTuple):
     #: The action taken and the baseline actions, (n_transitions, 1 + n_baseline_actions, 1, action_dim)
     actions: th.Tensor
     #: The Monte-Carlo pairs, the same for all actions of a transition, (n_transitions, 1, n_mc_samples, action_dim)
-    #: and (n_transitions, 1, n_mc_samples)
+    #: and (n_transitions, 1, n_mc_samples), with their weights
     noise: th.Tensor
     timesteps: th.Tensor
+    weights: th.Tensor
 
     def select(self, indices: th.Tensor | slice) -> "FlowRollout":
         observations, *rest = self
@@ -98,8 +99,8 @@ class FPO(OnPolicyAlgorithm):
     :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
         drawn once per rollout. A small number biases the ratio upwards.
     :param mc_sampling: "independent" for pairs that are independent of each other (authors' code), or "stratified" for less
-        variance of the ratio and its gradient at the same cost: opposite noise and timesteps spread evenly, and
-        pairs of baseline actions that are sampled from opposite noise
+        variance of the ratio and its gradient at the same cost: timesteps spread evenly, with opposite noise at
+        neighbouring ones, and pairs of baseline actions that are sampled from opposite noise
     :param n_baseline_actions: Number of further actions, drawn for each observation of the rollout from the policy that
         collected it, whose change in CFM loss is subtracted from that of the action taken. ``exp(-CFM loss)`` is not
         normalised: what raises or lowers the loss of all actions alike is not a change of the policy, but without a
@@ -107,7 +108,9 @@ class FPO(OnPolicyAlgorithm):
         the action itself. As few as there are they add as much variance as the action taken has, but for a pair of opposite
         ones (``mc_sampling="stratified"``), which has none where the flow is a Gaussian with another mean.
     :param timestep_distribution: Where the timesteps of the pairs come from: "grid" (the times that the sampler
-        visits, authors' code) or "uniform"
+        visits, authors' code), "uniform", or "importance" for less variance: those of the grid, more often where the squared
+        error has more weight (by its square root), with losses that are weighted less in return. For ``supervision="elbo"``,
+        whose weights are far apart.
     :param supervision: What the CFM loss supervises: "velocity", "noise" (authors' default) or "action"
         (what the network predicts is ``policy_kwargs=dict(prediction_type=...)``), or "elbo" for the weights of the evidence
         lower bound. With these (and ``loss_reduction="sum"``) the log-ratio is an estimate of that of the likelihoods, and
@@ -293,6 +296,8 @@ class FPO(OnPolicyAlgorithm):
             raise ValueError(f"`policy` must be a FlowPolicy, it is {self.policy_class}")
         self._check_arguments()
         super()._setup_model()
+        if self.timestep_distribution == "importance" and self.policy.n_flow_steps < 2:
+            raise ValueError('`n_flow_steps` must be at least 2 with timestep_distribution="importance", it is 1')
 
         # Initialize schedules for policy/value clipping
         self.clip_range = FloatSchedule(self.clip_range)
@@ -479,7 +484,7 @@ class FPO(OnPolicyAlgorithm):
             if not th.isfinite(tensor).all():
                 raise ValueError(f"NaN or inf in the {name} of the rollout: training stopped before it reached the weights")
 
-        noise, timesteps = draw_pairs(
+        noise, timesteps, weights = draw_pairs(
             len(data.actions),
             data.actions.shape[1],
             self.n_mc_samples,
@@ -501,6 +506,7 @@ class FPO(OnPolicyAlgorithm):
             actions.unsqueeze(2),
             noise.unsqueeze(1),
             timesteps.unsqueeze(1),
+            weights.unsqueeze(1),
         )
 
     def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> th.Tensor:
@@ -536,7 +542,7 @@ class FPO(OnPolicyAlgorithm):
         :param batch:
         :return: CFM loss of each action and Monte-Carlo pair, (batch, 1 + n_baseline_actions, n_mc_samples)
         """
-        return cfm_loss(
+        return batch.weights * cfm_loss(
             outputs,
             batch.actions,
             batch.noise,

@@ -46,6 +46,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
         "n_baseline_actions": trial.suggest_categorical("n_baseline_actions", [0, 2]),
         "mc_sampling": trial.suggest_categorical("mc_sampling", ["independent", "stratified"]),
+        "timestep_distribution": trial.suggest_categorical("timestep_distribution", ["grid", "importance"]),
         "loss_reduction": trial.suggest_categorical("loss_reduction", ["mean", "sum"]),
         "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
         "trust_region": trial.suggest_categorical("trust_region", ["ppo", "spo", "aspo"]),
