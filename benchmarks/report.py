@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from dmc import ALGOS, DMC, MUJOCO, RESULTS
+from dmc import ALGOS, DMC, MUJOCO, RESULTS, hyperparameters
 from rliable import library, metrics
 from runs import N_EVAL_EPISODES, ROOT
 
@@ -26,7 +26,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def load(tasks: list[str]) -> Runs:
-    """Results by task and algorithm, of tasks that both algorithms have, and of the same seeds."""
+    """Results by task and algorithm with the hyperparameters of now, of tasks and seeds that both algorithms have."""
     runs: Runs = {}
     for env_id in tasks:
         by_seed = {
@@ -34,6 +34,7 @@ def load(tasks: list[str]) -> Runs:
                 result["seed"]: result
                 for file in sorted(RESULTS.glob(f"{env_id.split('/')[-1]}-{algo}-seed*.json"))
                 for result in [json.loads(file.read_text())]
+                if result["hyperparameters"] == hyperparameters(algo, env_id)
             }
             for algo in ALGOS
         }
