@@ -188,7 +188,7 @@ def main() -> None:
             "on the tasks of the DeepMind Control suite, and those of rl-zoo3 on MuJoCo's. Those of the DeepMind Control",
             "suite were found with seed 1000 (``benchmarks/results/tuning``): on four of the ten tasks with 250,000 steps",
             "(``benchmarks/tune.py``), where PPO's were the best of 12 trials and FPO's the best of 8, and then by hand, with",
-            "single runs of up to 1,000,000 steps, 42 of FPO on six of the tasks and 8 of PPO on four. What they have in",
+            "single runs of up to 1,000,000 steps, 48 of FPO on six of the tasks and 8 of PPO on four. What they have in",
             "common has the same values, but for the learning rate.",
             "",
             *sections,
