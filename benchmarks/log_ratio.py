@@ -55,7 +55,7 @@ def main() -> None:
     th.manual_seed(0)
     stds = (1.0, 0.3, 0.1)
     changes = {"mean": (CHANGE, 0.0), "spread": (0.0, CHANGE)}
-    header = ["mc_sampling", "timestep_distribution", *(f"{name}, σ = {std:g}" for name in changes for std in stds)]
+    header = ["pairs", "timesteps", *(f"{name}, σ = {std:g}" for name in changes for std in stds)]
     rows = []
     for sampling, distribution in itertools.product(MC_SAMPLINGS, ("grid", "importance")):
         values = [correlation(sampling, distribution, std, change) for change in changes.values() for std in stds]
