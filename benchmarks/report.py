@@ -127,8 +127,8 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
     mean_row = [f"{fpo:.0f}", f"{ppo:.0f}", f"{fpo / ppo:.2f}", f"{fpo_stochastic:.0f}", f"{ppo_stochastic:.0f}"]
     rows.append(["**mean**", "", *(f"**{cell}**" for cell in mean_row), "", ""])
     wins, stochastic_wins = (sum(row[k] > row[k + 1] for row in means) for k in (0, 2))
-    intervals: list[str] = []
     # One seed has no interval
+    intervals = ["This is a single seed: others may differ by as much as the algorithms do.", ""]
     if min(len(task["fpo"]) for task in runs.values()) > 1:
         estimates = aggregates(runs, scale)
         aggregate_rows = [
