@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 from sb3_flow import FPO
@@ -118,7 +119,9 @@ def test_pendulum_is_solved():
     """Deterministic return of at least -250 after 100 k steps (an untrained policy gets about -1200)."""
     from stable_baselines3.common.evaluation import evaluate_policy
 
-    model = FPO("MlpPolicy", make_vec_env("Pendulum-v1", 4, seed=0), n_steps=512, gamma=0.9, learning_rate=1e-3, seed=0)
+    # As in hyperparams/fpo.yml
+    kwargs = dict(n_steps=512, batch_size=256, gamma=0.9, learning_rate=LinearSchedule(1e-3, 0.0, 1.0), seed=0)
+    model = FPO("MlpPolicy", make_vec_env("Pendulum-v1", 4, seed=0), **kwargs)
     model.learn(100_000)
     mean_return, _ = evaluate_policy(model, make_vec_env("Pendulum-v1", 4, seed=100), 100)
     assert mean_return > -250
