@@ -128,7 +128,7 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
     rows.append(["**mean**", "", *(f"**{cell}**" for cell in mean_row), "", ""])
     wins, stochastic_wins = (sum(row[k] > row[k + 1] for row in means) for k in (0, 2))
     # One seed has no interval
-    intervals = ["This is a single seed: others may differ by as much as the algorithms do.", ""]
+    intervals = ["Where there is a single seed: others may differ by as much as the algorithms do.", ""]
     if min(len(task["fpo"]) for task in runs.values()) > 1:
         estimates = aggregates(runs, scale)
         aggregate_rows = [

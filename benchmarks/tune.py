@@ -75,6 +75,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
             **hyperparameters,
             supervision="elbo",
             loss_reduction="sum",
+            ratio_type="per_sample",
             mc_sampling="stratified",
             timestep_distribution="importance",
             n_mc_samples=4,
