@@ -40,6 +40,10 @@ def test_not_positive(name, value):
 def test_importance_of_a_single_time():
     with pytest.raises(ValueError, match="`n_flow_steps` must be at least 2"):
         FPO("MlpPolicy", "Pendulum-v1", timestep_distribution="importance", policy_kwargs=dict(n_flow_steps=1))
+    model = FPO("MlpPolicy", "Pendulum-v1", timestep_distribution="importance", n_steps=64, batch_size=64)
+    model.policy.set_sampler(n_flow_steps=1)
+    with pytest.raises(ValueError, match="n_flow_steps"):
+        model.learn(64)
 
 
 @pytest.mark.parametrize("name", ["ema_start", "n_baseline_actions", "bounds_loss_coef"])

@@ -291,13 +291,16 @@ class FPO(OnPolicyAlgorithm):
                     f"Info: (n_steps={self.n_steps} and n_envs={self.env.num_envs})"
                 )
 
+    def _check_flow_steps(self) -> None:
+        if self.timestep_distribution == "importance" and self.policy.n_flow_steps < 2:
+            raise ValueError('`n_flow_steps` must be at least 2 with timestep_distribution="importance", it is 1')
+
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, FlowPolicy):
             raise ValueError(f"`policy` must be a FlowPolicy, it is {self.policy_class}")
         self._check_arguments()
         super()._setup_model()
-        if self.timestep_distribution == "importance" and self.policy.n_flow_steps < 2:
-            raise ValueError('`n_flow_steps` must be at least 2 with timestep_distribution="importance", it is 1')
+        self._check_flow_steps()
 
         # Initialize schedules for policy/value clipping
         self.clip_range = FloatSchedule(self.clip_range)
@@ -484,6 +487,8 @@ class FPO(OnPolicyAlgorithm):
             if not th.isfinite(tensor).all():
                 raise ValueError(f"NaN or inf in the {name} of the rollout: training stopped before it reached the weights")
 
+        # set_sampler() may have changed it
+        self._check_flow_steps()
         noise, timesteps, weights = draw_pairs(
             len(data.actions),
             data.actions.shape[1],

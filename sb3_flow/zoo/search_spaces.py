@@ -52,6 +52,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "trust_region": trial.suggest_categorical("trust_region", ["ppo", "spo", "aspo"]),
         "supervision": trial.suggest_categorical("supervision", ["noise", "velocity", "elbo"]),
         "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
+        "output_scale": trial.suggest_categorical("output_scale", [0.25, 1.0, 4.0]),
         "action_scale": trial.suggest_float("action_scale", 0.1, 1, log=True),
         "action_perturbation_std": trial.suggest_categorical("action_perturbation_std", [0.0, 0.05, 0.1]),
         "squash_type": trial.suggest_categorical("squash_type", ["tanh", "clip"]),
@@ -76,7 +77,9 @@ def convert_fpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         hyperparams[name] = 1 - hyperparams.pop(f"one_minus_{name}")
     for name in ("n_steps", "batch_size"):
         hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
-    policy_arguments = ("n_flow_steps", "action_scale", "action_perturbation_std", "squash_type", "skip_connection")
+    policy_arguments = (
+        "n_flow_steps", "output_scale", "action_scale", "action_perturbation_std", "squash_type", "skip_connection",
+    )  # fmt: skip
     policy_kwargs = {name: hyperparams.pop(name) for name in policy_arguments}
     policy_kwargs["net_arch"] = NET_ARCHS["fpo"][hyperparams.pop("net_arch")]
     return {"policy_kwargs": policy_kwargs, **hyperparams}
