@@ -10,6 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch.distributions import TanhTransform
 
 import sb3_flow.fpo.fpo as fpo_module
 from sb3_flow import FPO
@@ -230,8 +231,8 @@ def test_initial_weights():
             assert layer.weight.var().item() * layer.in_features == pytest.approx(variance, rel=0.05)
 
 
-def spread_without_rewards(monkeypatch, **kwargs):
-    """Standard deviation of the raw actions after some training with nothing to gain."""
+def spread_without_rewards(monkeypatch, action_scale=1.0, **kwargs):
+    """Standard deviation of the actions, before they are clipped, after some training with nothing to gain."""
 
     def no_rewards(buffer):
         def compute_returns_and_advantage(**_):
@@ -242,22 +243,35 @@ def spread_without_rewards(monkeypatch, **kwargs):
     model = make_model(
         n_steps=512, batch_size=128, n_epochs=10, learning_rate=1e-3, clip_range=0.2,
         supervision="elbo", loss_reduction="sum", mc_sampling="stratified", n_baseline_actions=2, gamma=0.0,
-        policy_kwargs=dict(skip_connection=True, squash_type="clip"), **kwargs,
+        policy_kwargs=dict(skip_connection=True, squash_type="clip", action_scale=action_scale), **kwargs,
     )  # fmt: skip
     monkeypatch.setattr(model.rollout_buffer, "compute_returns_and_advantage", no_rewards(model.rollout_buffer))
     model.learn(5 * 1024)
-    return model.policy._predict(th.zeros(5000, 3)).std().item()
+    return action_scale * model.policy._predict(th.zeros(5000, 3)).std().item()
 
 
-def test_entropy_bonus(monkeypatch):
-    """With nothing to gain the entropy decides: the actions spread, or come together if the coefficient is negative."""
-    spreads = [spread_without_rewards(monkeypatch, ent_coef=ent_coef) for ent_coef in (-0.2, 0.0, 0.2)]
-    assert spreads[0] < 0.8 * spreads[1] and spreads[2] > 1.25 * spreads[1]
+@pytest.mark.parametrize("action_scale", [0.4, 2.0])
+def test_entropy_bonus(monkeypatch, action_scale):
+    """With nothing to gain the entropy decides: the actions fill the bounds, and do not leave them."""
+    without, with_bonus = (spread_without_rewards(monkeypatch, action_scale, ent_coef=ent_coef) for ent_coef in (0.0, 0.2))
+    # The standard deviation before a tanh that makes actions uniform
+    most_entropy = np.pi / np.sqrt(12)
+    assert abs(with_bonus - most_entropy) < 0.7 * abs(without - most_entropy)
 
 
-def test_bounds_loss_bounds_the_entropy(monkeypatch):
-    """It keeps the actions in reach of the bounds when an entropy bonus drives them out."""
-    free, kept = (spread_without_rewards(monkeypatch, ent_coef=0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
+def test_log_squashing():
+    """The change of the log-density under a tanh, as torch.distributions has it."""
+    policy = make_model(policy_kwargs=dict(action_scale=0.5)).policy
+    actions = th.linspace(-8, 8, 10).view(5, 2)
+    expected = -TanhTransform().log_abs_det_jacobian(0.5 * actions, th.tanh(0.5 * actions)).sum(dim=-1)
+    assert th.allclose(policy.log_squashing(actions), expected, atol=1e-5)
+    policy = make_model(policy_kwargs=dict(squash_output=False)).policy
+    assert policy.log_squashing(actions).tolist() == [0.0] * 5
+
+
+def test_bounds_loss_keeps_actions_in_reach(monkeypatch):
+    """... when they are driven out of the bounds, here by a reward for little entropy."""
+    free, kept = (spread_without_rewards(monkeypatch, 1.5, ent_coef=-0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
     assert kept < 0.8 * free
 
 

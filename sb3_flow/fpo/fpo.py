@@ -87,15 +87,14 @@ class FPO(OnPolicyAlgorithm):
         no clipping will be done on the value function.
         IMPORTANT: this clipping depends on the reward scaling.
     :param normalize_advantage: Whether to normalize or not the advantage (in each minibatch)
-    :param ent_coef: Entropy coefficient for the loss calculation. The gradient of the entropy is taken with the CFM losses in
-        place of log-likelihoods, so that it is one only with ``supervision="elbo"``, ``loss_reduction="sum"`` and
-        baseline actions
+    :param ent_coef: Entropy coefficient for the loss calculation. The entropy is that of the actions squashed by a tanh, which
+        is largest within the bounds. Its gradient is taken with the CFM losses in place of log-likelihoods, so that it is one
+        only with ``supervision="elbo"``, ``loss_reduction="sum"`` and baseline actions
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
     :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
     :param bounds_loss_coef: Coefficient of a loss on predicted actions far outside of the bounds of the action space, where
-        rewards no longer depend on the action (rl_games has it on the mean of a Gaussian): see ``FlowPolicy.bounds_loss``.
-        Without it, ``ent_coef`` drives the actions out of the bounds.
+        rewards no longer depend on the action (rl_games has it on the mean of a Gaussian): see ``FlowPolicy.bounds_loss``
     :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
         drawn once per rollout. A small number biases the ratio upwards.
     :param mc_sampling: "independent" for pairs that are independent of each other (authors' code), or "stratified" for less
@@ -122,7 +121,8 @@ class FPO(OnPolicyAlgorithm):
     :param trust_region: "ppo" for PPO's clipping, "spo" for the quadratic penalty of SPO,
         "aspo" for PPO's where the advantage is positive and SPO's where it is negative (FPO++)
     :param cfm_loss_clip: Upper bound on the CFM losses before they are compared, no bound if None
-    :param log_ratio_clip: Bound on the absolute value of the log-ratio, no bound if None
+    :param log_ratio_clip: Bound on the absolute value of the log-ratio, no bound if None. Where the advantage is negative, PPO's
+        objective pushes an action away with a force proportional to its ratio, however large: this bounds it.
     :param positive_advantage: Whether to use ``softplus(advantage)``, which is never negative, in place of the
         normalized advantage
     :param ema_decay: Decay, for one gradient step, of an exponential moving average of the actor (FPO++), which is
@@ -361,8 +361,8 @@ class FPO(OnPolicyAlgorithm):
             old_outputs = th.cat([self._evaluate_flow(rollout.select(indices))[1] for indices in minibatches])
             old_losses = th.cat([self._cfm_loss(old_outputs[indices], rollout.select(indices)) for indices in minibatches])
 
-        # How unlikely the actions are: the policy gradient of this "reward" is that of the entropy
-        surprise = relative_loss(old_losses).mean(dim=1)
+        # How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy
+        surprise = relative_loss(old_losses - self.policy.log_squashing(rollout.actions)).mean(dim=1)
         surprise -= surprise.mean()
 
         # Switch to train mode (this affects batch norm / dropout)

@@ -432,6 +432,20 @@ class FlowPolicy(ActorCriticPolicy):
             actions, soft_bound = (actions - (low + high) / 2) / half_distance, SOFT_BOUNDS["clip"]
         return nn.functional.relu(actions.abs() - soft_bound).square().sum(dim=-1)
 
+    def log_squashing(self, actions: th.Tensor) -> th.Tensor:
+        """
+        What the log-density of actions gains where tanh squashes them, without a constant:
+        :math:`-\\sum_d \\log(1 - \\tanh^2(s\\, a_d))` with ``action_scale`` :math:`s` (Haarnoja et al., https://arxiv.org/abs/1801.01290,
+        eq. 21). With ``squash_type="clip"`` it stands in for the bounds; without squashing it is zero.
+
+        :param actions: Raw actions, (..., action_dim)
+        :return: (...,)
+        """
+        if not self.squash_output:
+            return actions.new_zeros(actions.shape[:-1])
+        actions = self.action_scale * actions
+        return 2 * (actions.abs() + nn.functional.softplus(-2 * actions.abs()) - math.log(2)).sum(dim=-1)
+
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
 
