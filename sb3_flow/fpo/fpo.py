@@ -121,8 +121,8 @@ class FPO(OnPolicyAlgorithm):
     :param trust_region: "ppo" for PPO's clipping, "spo" for the quadratic penalty of SPO,
         "aspo" for PPO's where the advantage is positive and SPO's where it is negative (FPO++)
     :param cfm_loss_clip: Upper bound on the CFM losses before they are compared, no bound if None
-    :param log_ratio_clip: Bound on the absolute value of the log-ratio, no bound if None. Where the advantage is negative, PPO's
-        objective pushes an action away with a force proportional to its ratio, however large: this bounds it.
+    :param log_ratio_clip: Bound on the absolute value of the log-ratio, no bound if None. Where the advantage is negative,
+        PPO's objective pushes an action away with a force proportional to its ratio, however large: this bounds it.
     :param positive_advantage: Whether to use ``softplus(advantage)``, which is never negative, in place of the
         normalized advantage
     :param ema_decay: Decay, for one gradient step, of an exponential moving average of the actor (FPO++), which is
