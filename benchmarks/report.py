@@ -199,7 +199,7 @@ def main() -> None:
             "suite were found with seeds from 1000 on (``benchmarks/results/tuning``): on four of the ten tasks with 250,000",
             "steps (``benchmarks/tune.py``), where PPO's were the best of 12 trials and FPO's the best of 8, and then by",
             f"hand, with single runs of up to 1,000,000 steps: {tuned_by_hand()}. What they",
-            "have in common has the same values@@.",
+            "have in common has the same values, but for the entropy coefficient.",
             "",
             *sections,
             "To replicate (interrupted, it goes on where it stopped):",
