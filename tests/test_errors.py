@@ -61,10 +61,7 @@ def test_out_of_range():
         FPO("MlpPolicy", "Pendulum-v1", ema_decay=1.5)
     with pytest.raises(ValueError, match="`action_scale` needs `squash_output=True`"):
         FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(action_scale=0.3, squash_output=False))
-    with pytest.raises(ValueError, match="`denoised_clip_value` needs `squash_output=True`"):
-        FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(denoised_clip_value=1.5, squash_output=False))
-    for name, value in [("n_flow_steps", 0), ("sampler_sigma", -0.1), ("action_perturbation_std", -1), ("action_scale", 0),
-                        ("denoised_clip_value", 0)]:  # fmt: skip
+    for name, value in [("n_flow_steps", 0), ("sampler_sigma", -0.1), ("action_perturbation_std", -1), ("action_scale", 0)]:
         with pytest.raises(ValueError, match=f"`{name}`"):
             FPO("MlpPolicy", "Pendulum-v1", policy_kwargs={name: value})
 

@@ -296,23 +296,6 @@ def test_bounds_loss_in_env_units():
     assert loss.tolist() == [0.0, 1.0] and loss.dtype == th.float32
 
 
-def test_clipped_actions_have_no_policy_gradient():
-    """... where all that the flow predicts is clipped. The bounds loss brings them back."""
-    policy_kwargs = dict(squash_type="clip", action_scale=0.5, denoised_clip_value=1e-3)
-    model = make_model(bounds_loss_coef=0.1, policy_kwargs=policy_kwargs)
-    with th.no_grad():
-        model.policy.action_net.layers[-1].bias.fill_(100.0)
-    collect(model)
-    batch = model._get_rollout()
-    # -1 in env units: the velocity, towards the noise, is positive
-    assert (0.5 * batch.actions).unique().tolist() == pytest.approx([-1e-3])
-    predictions = model._evaluate_flow(batch)[1]
-    losses = [model._cfm_loss(model._clip_denoised(predictions, batch), batch).mean(), model._bounds_loss(predictions, batch)]
-    weights = list(model.policy.action_net.parameters())
-    norms = [sum(x.norm().item() for x in th.autograd.grad(loss, weights, retain_graph=True)) for loss in losses]
-    assert norms[0] < 1e-6 * norms[1]
-
-
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_bounds_loss_is_on_the_predicted_actions(prediction_type):
     """... of the points where the CFM losses are taken: with perfect predictions, the actions of the rollout."""

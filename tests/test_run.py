@@ -49,7 +49,6 @@ def test_surrogate_arguments(trust_region, ratio_type, loss_reduction):
         dict(n_mc_samples=1),
         dict(n_mc_samples=3, mc_sampling="stratified", n_baseline_actions=2, ratio_type="per_sample"),
         dict(supervision="elbo", timestep_distribution="uniform"),
-        dict(timestep_distribution="uniform", policy_kwargs=dict(denoised_clip_value=0.1)),
         dict(policy_kwargs=dict(skip_connection=True)),
         dict(n_epochs=1),
         dict(target_kl=0.01),

@@ -99,7 +99,7 @@ def test_save_load_policy(tmp_path, policy_class):
     }[policy_class]
     policy = policy_class(
         observation_space, spaces.Box(-3, 3, (2,)), lambda _: 1e-3, net_arch=[8], share_features_extractor=False,
-        n_flow_steps=4, timestep_embedding_dim=4, output_scale=0.5, action_scale=0.3, denoised_clip_value=0.1,
+        n_flow_steps=4, timestep_embedding_dim=4, output_scale=0.5, action_scale=0.3,
         action_perturbation_std=0.1, ema_decay=0.9,
     )  # fmt: skip
     policy.save(tmp_path / "policy.pth")
@@ -107,6 +107,6 @@ def test_save_load_policy(tmp_path, policy_class):
     obs = observation_space.sample()
     assert np.array_equal(policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
     for name in ("n_flow_steps", "timestep_embedding_dim", "output_scale", "action_perturbation_std", "ema_decay",
-                 "prediction_type", "sampler", "sampler_sigma", "squash_output", "action_scale", "denoised_clip_value",
+                 "prediction_type", "sampler", "sampler_sigma", "squash_output", "action_scale",
                  "share_features_extractor"):  # fmt: skip
         assert getattr(loaded, name) == getattr(policy, name)

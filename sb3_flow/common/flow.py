@@ -120,36 +120,15 @@ def to_action(output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor, predictio
     return x_t - timesteps * to_velocity(output, x_t, timesteps, prediction_type)
 
 
-def clip_denoised(
-    output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor | float, prediction_type: str, clip_value: float
-) -> th.Tensor:
-    """
-    The output of a network whose predicted action is clipped, as DDPM's (https://arxiv.org/abs/2006.11239) and DPPO's are.
-
-    :param output: (..., action_dim)
-    :param x_t: where the network was evaluated, (..., action_dim)
-    :param timesteps: and when: a float, or a tensor that broadcasts with ``output``, not zero
-    :param prediction_type: what the network predicts
-    :param clip_value: Bound on the absolute value of the predicted action
-    :return: (..., action_dim)
-    """
-    if prediction_type == "action":
-        return output.clamp(-clip_value, clip_value)
-    action = x_t - timesteps * to_velocity(output, x_t, timesteps, prediction_type)
-    velocity_change = (action - action.clamp(-clip_value, clip_value)) / timesteps
-    return output + (velocity_change if prediction_type == "velocity" else (1 - timesteps) * velocity_change)
-
-
-def timestep_range(prediction_type: str, supervision: str = "velocity", clipped: bool = False) -> tuple[float, float]:
+def timestep_range(prediction_type: str, supervision: str = "velocity") -> tuple[float, float]:
     """
     Times at which a network of this type can be turned into a velocity, see ``SINGULARITY_MARGIN``.
 
     :param prediction_type: "velocity", "noise" or "action"
     :param supervision: in what the error is wanted
-    :param clipped: whether the predicted action is clipped
     :return: smallest and largest timestep
     """
-    earliest = SINGULARITY_MARGIN if prediction_type == "action" or supervision == "elbo" or clipped else 0.0
+    earliest = SINGULARITY_MARGIN if prediction_type == "action" or supervision == "elbo" else 0.0
     return earliest, 1.0 - SINGULARITY_MARGIN if prediction_type == "noise" else 1.0
 
 
@@ -187,7 +166,6 @@ def draw_pairs(
     n_flow_steps: int = 1,
     prediction_type: str = "velocity",
     supervision: str = "velocity",
-    clipped: bool = False,
     device: th.device | str = "cpu",
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """
@@ -204,7 +182,6 @@ def draw_pairs(
     :param n_flow_steps: Number of steps of the sampler
     :param prediction_type: what the network predicts, see ``timestep_range``
     :param supervision: and what the loss supervises
-    :param clipped: and whether the predicted action is clipped
     :param device: Device of the result
     :return: noise, (n_actions, n_mc_samples, action_dim), timesteps, (n_actions, n_mc_samples), and the weights with which
         their losses have the same mean as those of the grid, (n_actions, n_mc_samples): one, but for "importance"
@@ -214,10 +191,9 @@ def draw_pairs(
     if sampling == "stratified":
         timesteps = (timesteps + th.arange(n_mc_samples, device=device)) / n_mc_samples
         noise[:, 1::2] = -noise[:, : n_mc_samples - 1 : 2]
-    earliest, latest = timestep_range(prediction_type, supervision, clipped)
     if distribution == "uniform":
-        return noise, timesteps.clamp_(earliest, latest), th.ones_like(timesteps)
-    grid = th.tensor(sampler_grid(n_flow_steps), device=device).clamp_(earliest, latest)
+        return noise, timesteps.clamp_(*timestep_range(prediction_type, supervision)), th.ones_like(timesteps)
+    grid = th.tensor(sampler_grid(n_flow_steps), device=device).clamp_(*timestep_range(prediction_type, supervision))
     odds = _error_scale(supervision, grid) if distribution == "importance" else th.ones_like(grid)
     indices = th.searchsorted(odds.cumsum(0), timesteps * odds.sum(), right=True).clamp_(max=n_flow_steps - 1)
     return noise, grid[indices], (odds.mean() / odds)[indices]

@@ -115,17 +115,15 @@ class EulerIntegrator:
     Euler's method from noise to actions for a flow network, as it is: it does not follow its weights.
 
     The velocity is affine in x and in the output of the network: a step is x <- beta x + alpha output, and the last layer
-    adds its output to x by itself. Where predicted actions are clipped, they are what is computed in this way, and a step goes
-    a part of the way to them.
+    adds its output to x by itself.
 
     :param network: The flow network, with at least one hidden layer
     :param n_flow_steps: Number of steps
     """
 
     def __init__(self, network: "FlowNetwork", n_flow_steps: int):
-        self.clip_value = network.denoised_clip_value
         times, scales = euler_coefficients(
-            network.prediction_type, n_flow_steps, network.output_scale, network.skip_connection, self.clip_value is not None
+            network.prediction_type, n_flow_steps, network.output_scale, network.skip_connection
         )
         *hidden, last = network.layers
         assert isinstance(last, nn.Linear)
@@ -137,8 +135,8 @@ class EulerIntegrator:
         biases = network.input_layer.bias + network.timestep_embedding(weight.new_tensor(times)) @ weight_times.t()
         self.hidden_layers = InPlaceMLP(hidden)
         self.steps = [
-            (th.cat([weight_x, bias.unsqueeze(1)], dim=1), alpha * weight_and_bias(last), beta, 1 / (n_flow_steps * t))
-            for t, bias, (alpha, beta) in zip(times, biases, scales, strict=True)
+            (th.cat([weight_x, bias.unsqueeze(1)], dim=1), alpha * weight_and_bias(last), beta)
+            for bias, (alpha, beta) in zip(biases, scales, strict=True)
         ]
 
     def __call__(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
@@ -150,12 +148,8 @@ class EulerIntegrator:
         from_features = self.weight_features @ features.t()
         x_and_one = features.new_ones(noise.shape[1] + 1, len(noise))
         x = x_and_one[:-1].copy_(noise.t())
-        for first_weight, last_weight, beta, part in self.steps:
+        for first_weight, last_weight, beta in self.steps:
             hidden = self.hidden_layers(from_features, first_weight, x_and_one)
-            if self.clip_value is not None:
-                action = (beta * x).addmm_(last_weight, hidden).clamp_(-self.clip_value, self.clip_value)
-                x.lerp_(action, part)
-                continue
             if beta != 1.0:
                 x.mul_(beta)
             x.addmm_(last_weight, hidden)
@@ -164,25 +158,23 @@ class EulerIntegrator:
 
 @lru_cache
 def euler_coefficients(
-    prediction_type: str, n_flow_steps: int, output_scale: float, skip_connection: bool, clipped: bool = False
+    prediction_type: str, n_flow_steps: int, output_scale: float, skip_connection: bool
 ) -> tuple[list[float], list[tuple[float, float]]]:
     """
     :param prediction_type: What a network predicts
     :param n_flow_steps: Number of steps
     :param output_scale: Factor on the output of the network
     :param skip_connection: Whether it has a skip connection
-    :param clipped: Whether the predicted actions are clipped: the coefficients are those of the action then
     :return: the times that Euler's method visits, and alpha and beta of each step, see :class:`EulerIntegrator`
     """
-    earliest, latest = timestep_range(prediction_type, clipped=clipped)
+    earliest, latest = timestep_range(prediction_type)
     times = [min(max(t, earliest), latest) for t in sampler_grid(n_flow_steps)]
     one, zero = th.ones((), dtype=th.float64), th.zeros((), dtype=th.float64)
     scales = []
     for t in times:
         # velocity = to_velocity(1, 0) output_of_the_layers + to_velocity(skip, 1) x
         skip = standard_normal_flow(t, prediction_type) * one if skip_connection else zero
-        step = t if clipped else 1 / n_flow_steps
-        alpha = -step * output_scale * float(to_velocity(one, zero, t, prediction_type))
-        beta = 1.0 - step * float(to_velocity(skip, one, t, prediction_type))
+        alpha = -output_scale * float(to_velocity(one, zero, t, prediction_type)) / n_flow_steps
+        beta = 1.0 - float(to_velocity(skip, one, t, prediction_type)) / n_flow_steps
         scales.append((alpha, beta))
     return times, scales

@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from torch import nn
 
 from sb3_flow.common.activations import TanhGELU
-from sb3_flow.common.flow import clip_denoised, sampler_grid, standard_normal_flow, timestep_range, to_velocity
+from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_range, to_velocity
 from sb3_flow.common.in_place import EulerIntegrator, Prepared
 from sb3_flow.common.samplers import SAMPLERS, VelocityField
 
@@ -63,8 +63,6 @@ class FlowNetwork(nn.Module):
     :param skip_connection: Whether the layers only learn the difference from the flow that leaves a standard normal
         distribution as it is (c_skip of Karras et al., https://arxiv.org/abs/2206.00364)
     :param prediction_type: What the network predicts, "velocity", "noise" or "action": the skip connection depends on it
-    :param denoised_clip_value: Bound on the absolute value of the actions that it predicts, no bound if None. It holds where
-        the network is integrated; its output is as it is (see :func:`~sb3_flow.common.flow.clip_denoised`).
     """
 
     def __init__(
@@ -77,7 +75,6 @@ class FlowNetwork(nn.Module):
         output_scale: float = 1.0,
         skip_connection: bool = False,
         prediction_type: str = "velocity",
-        denoised_clip_value: float | None = None,
     ):
         super().__init__()
         self.features_dim = features_dim
@@ -85,7 +82,6 @@ class FlowNetwork(nn.Module):
         self.output_scale = output_scale
         self.skip_connection = skip_connection
         self.prediction_type = prediction_type
-        self.denoised_clip_value = denoised_clip_value
         self.timestep_embedding = TimestepEmbedding(timestep_embedding_dim)
         input_dim = features_dim + action_dim + self.timestep_embedding.features_dim
         input_layer, *layers = create_mlp(input_dim, action_dim, net_arch, activation_fn)
@@ -128,11 +124,6 @@ class FlowNetwork(nn.Module):
         scale = standard_normal_flow(timesteps, self.prediction_type)
         return th.addcmul(output, scale.unsqueeze(-1), x)
 
-    @property
-    def timestep_range(self) -> tuple[float, float]:
-        """Smallest and largest timestep at which it is integrated."""
-        return timestep_range(self.prediction_type, clipped=self.denoised_clip_value is not None)
-
     def velocity_field(self, features: th.Tensor, n_flow_steps: int) -> VelocityField:
         """
         The velocity field of a batch of observations.
@@ -145,7 +136,7 @@ class FlowNetwork(nn.Module):
         weight = self.input_layer.weight
         weight_x, weight_t = weight[:, first_action:first_time].t(), weight[:, first_time:]
         from_features = nn.functional.linear(features, weight[:, :first_action], self.input_layer.bias)
-        earliest, latest = self.timestep_range
+        earliest, latest = timestep_range(self.prediction_type)
 
         def from_features_and_times(times: list[float]) -> tuple[th.Tensor, ...]:
             embedding = self.timestep_embedding(features.new_tensor(times).clamp(earliest, latest))
@@ -161,8 +152,6 @@ class FlowNetwork(nn.Module):
             t = min(max(t, earliest), latest)
             if self.skip_connection:
                 output = th.add(output, x, alpha=standard_normal_flow(t, self.prediction_type))
-            if self.denoised_clip_value is not None:
-                output = clip_denoised(output, x, t, self.prediction_type, self.denoised_clip_value)
             return to_velocity(output, x, t, self.prediction_type)
 
         return field
@@ -192,7 +181,7 @@ class FlowNetwork(nn.Module):
             # An ordinary tensor again
             return actions.clone(memory_format=th.contiguous_format)
         field = self.velocity_field(features, n_flow_steps)
-        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma, self.timestep_range)
+        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma, timestep_range(self.prediction_type))
 
     def train(self, mode: bool = True) -> "FlowNetwork":
         self._prepared.clear()

@@ -21,7 +21,6 @@ from sb3_flow.common.flow import (
     TIMESTEP_DISTRIBUTIONS,
     cfm_loss,
     check_choice,
-    clip_denoised,
     draw_pairs,
     interpolate,
     rescale_error,
@@ -359,9 +358,8 @@ class FPO(OnPolicyAlgorithm):
         # The first epoch goes through the rollout in this order, so that its first ratio is exactly one
         minibatches = self._minibatches(n_transitions)
         with th.no_grad():
-            batches = [rollout.select(indices) for indices in minibatches]
-            old_outputs = th.cat([self._clip_denoised(self._evaluate_flow(batch)[1], batch) for batch in batches])
-            old_losses = th.cat([self._cfm_loss(old_outputs[i], batch) for i, batch in zip(minibatches, batches, strict=True)])
+            old_outputs = th.cat([self._evaluate_flow(rollout.select(indices))[1] for indices in minibatches])
+            old_losses = th.cat([self._cfm_loss(old_outputs[indices], rollout.select(indices)) for indices in minibatches])
 
         # How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy
         surprise = relative_loss(old_losses - self.policy.log_squashing(rollout.actions)).mean(dim=1)
@@ -379,9 +377,8 @@ class FPO(OnPolicyAlgorithm):
             # Do a complete pass on the rollout
             for indices in minibatches if epoch == 0 else self._shuffled_minibatches(n_transitions):
                 batch = rollout.select(indices)
-                values, predictions = self._evaluate_flow(batch)
+                values, outputs = self._evaluate_flow(batch)
                 values = values.flatten()
-                outputs = self._clip_denoised(predictions, batch)
                 losses = self._cfm_loss(outputs, batch)
 
                 advantages = batch.advantages
@@ -408,8 +405,7 @@ class FPO(OnPolicyAlgorithm):
                 # Value loss using the TD(gae_lambda) target
                 value_loss = F.mse_loss(batch.returns, values_pred)
 
-                # Also where clipping leaves no other gradient
-                bounds_loss = self._bounds_loss(predictions, batch)
+                bounds_loss = self._bounds_loss(outputs, batch)
 
                 loss = policy_loss + self.vf_coef * value_loss + self.bounds_loss_coef * bounds_loss
 
@@ -502,7 +498,6 @@ class FPO(OnPolicyAlgorithm):
             self.policy.n_flow_steps,
             self.policy.prediction_type,
             self.supervision,
-            self.policy.denoised_clip_value is not None,
             self.device,
         )
         actions = data.actions.unsqueeze(1)
@@ -545,14 +540,6 @@ class FPO(OnPolicyAlgorithm):
     def _evaluate_flow(self, batch: FlowRollout) -> tuple[th.Tensor, th.Tensor]:
         """Values, and the output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)."""
         return self.policy.evaluate_flow(batch.observations, batch.actions, batch.noise, batch.timesteps)
-
-    def _clip_denoised(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
-        """The output of the flow network for predicted actions that are clipped, if they are."""
-        clip_value = self.policy.action_net.denoised_clip_value
-        if clip_value is None:
-            return outputs
-        x_t = interpolate(batch.actions, batch.noise, batch.timesteps)
-        return clip_denoised(outputs, x_t, batch.timesteps.unsqueeze(-1), self.policy.prediction_type, clip_value)
 
     def _cfm_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
         """

@@ -78,9 +78,6 @@ class FlowPolicy(ActorCriticPolicy):
         distribution as it is: then a new policy is a Gaussian, and its CFM loss close to its least. Without (authors'
         code), a new policy is about the same, but what lowers the CFM losses of all actions is most of the slope.
         For ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
-    :param denoised_clip_value: Bound on the absolute value of the actions that the flow predicts, at any time, in units of half
-        the distance of the bounds of the action space (DPPO). It keeps the raw actions, which have no other bound, in reach of
-        the bounds. No bound if None; needs ``squash_output=True``.
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
         (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
         It can be changed later: :meth:`set_sampler`.
@@ -118,7 +115,6 @@ class FlowPolicy(ActorCriticPolicy):
         timestep_embedding_dim: int = 8,
         output_scale: float = 0.25,
         skip_connection: bool = False,
-        denoised_clip_value: float | None = None,
         sampler: str = "euler",
         sampler_sigma: float = 0.05,
         action_perturbation_std: float = 0.0,
@@ -134,10 +130,6 @@ class FlowPolicy(ActorCriticPolicy):
             raise ValueError(f"`action_perturbation_std` must not be negative, it is {action_perturbation_std}")
         if not action_scale > 0:
             raise ValueError(f"`action_scale` must be positive, it is {action_scale}")
-        if denoised_clip_value is not None and not denoised_clip_value > 0:
-            raise ValueError(f"`denoised_clip_value` must be positive (or None), it is {denoised_clip_value}")
-        if denoised_clip_value is not None and not squash_output:
-            raise ValueError("`denoised_clip_value` needs `squash_output=True`: it is in units of the bounds")
         if action_scale != 1 and not squash_output:
             raise ValueError("`action_scale` needs `squash_output=True`: actions that are clipped are in env units")
 
@@ -148,8 +140,6 @@ class FlowPolicy(ActorCriticPolicy):
         self.timestep_embedding_dim = timestep_embedding_dim
         self.output_scale = output_scale
         self.skip_connection = skip_connection
-        self.denoised_clip_value = denoised_clip_value
-        self.action_scale = action_scale
         self.sampler = sampler
         self.sampler_sigma = sampler_sigma
         self.action_perturbation_std = action_perturbation_std
@@ -175,6 +165,7 @@ class FlowPolicy(ActorCriticPolicy):
         )
         self._squash_output = squash_output
         self.squash_type = squash_type
+        self.action_scale = action_scale
         self.ema: AveragedModel | None = None
         if ema_decay is not None:
             self.create_ema(ema_decay)
@@ -196,7 +187,6 @@ class FlowPolicy(ActorCriticPolicy):
             self.output_scale,
             self.skip_connection,
             self.prediction_type,
-            None if self.denoised_clip_value is None else self.denoised_clip_value / self.action_scale,
         )
         # The actor takes the features as they are: this one only holds the layers of the value function
         vf_arch: dict[str, list[int]] = dict(pi=[], vf=net_arch.get("vf", []))
@@ -230,7 +220,6 @@ class FlowPolicy(ActorCriticPolicy):
                 timestep_embedding_dim=self.timestep_embedding_dim,
                 output_scale=self.output_scale,
                 skip_connection=self.skip_connection,
-                denoised_clip_value=self.denoised_clip_value,
                 sampler=self.sampler,
                 sampler_sigma=self.sampler_sigma,
                 action_perturbation_std=self.action_perturbation_std,
@@ -415,8 +404,7 @@ class FlowPolicy(ActorCriticPolicy):
         :param actions: Raw actions, (batch, ..., action_dim)
         :param noise: (batch, ..., action_dim)
         :param timesteps: (batch, ...)
-        :return: estimated value, (batch, 1), and output of the flow network, before the action it predicts is clipped,
-            (batch, ..., action_dim)
+        :return: estimated value, (batch, 1), and output of the flow network, (batch, ..., action_dim)
         """
         pi_features, vf_features = self._actor_and_critic_features(obs)
         values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
