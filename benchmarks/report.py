@@ -174,7 +174,8 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     dmc, mujoco = load(DMC), load(MUJOCO)
     sections = []
     if dmc:
@@ -185,6 +186,8 @@ def main() -> None:
         ]
     if mujoco:
         sections += [section("MuJoCo", mujoco, 1.0, RESULTS / "mujoco.png")]
+    if not dmc and not mujoco:
+        parser.error("no task has results of both algorithms, with the same seed and the hyperparameters of now")
     results = [result for task in [*dmc.values(), *mujoco.values()] for runs in task.values() for result in runs]
     versions, hardware = results[0]["versions"], sorted({result["hardware"] for result in results})
     page = "\n".join(
@@ -198,8 +201,9 @@ def main() -> None:
             "on the tasks of the DeepMind Control suite, and those of rl-zoo3 on MuJoCo's. Those of the DeepMind Control",
             "suite were found with seeds from 1000 on (``benchmarks/results/tuning``): on four of the ten tasks with 250,000",
             "steps (``benchmarks/tune.py``), where PPO's were the best of 12 trials and FPO's the best of 8, and then by",
-            f"hand, with single runs of up to 1,000,000 steps: {tuned_by_hand()}. What they",
-            "have in common has the same values, but for the entropy coefficient.",
+            f"hand, with single runs of up to 1,000,000 steps: {tuned_by_hand()}, finished ones. What",
+            "FPO and PPO have in common has the same values, but for ``ent_coef`` (0.03 and 0.01) and ``vf_coef`` (0.25 and",
+            "0.5, their defaults).",
             "",
             *sections,
             "To replicate (interrupted, it goes on where it stopped):",

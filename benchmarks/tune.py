@@ -4,7 +4,8 @@ Tune the hyperparameters that the DMC tasks share, with Optuna: `python benchmar
 A trial is one run on each of some tasks, 250,000 steps each, and its value their mean deterministic return. It is pruned
 after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both; the
 first two of each are settings known to work. The study is in a journal file: further calls, at the same time or later,
-go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv.
+go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv (those of FPO that are there are of one ratio for
+each transition, times of the grid and the entropy of actions that are not squashed, which commit 70435b5 changed).
 """
 
 import argparse

@@ -37,13 +37,18 @@ def test_not_positive(name, value):
         FPO("MlpPolicy", "Pendulum-v1", **{name: value})
 
 
-def test_importance_of_a_single_time():
+def test_importance_of_a_single_time(tmp_path):
     with pytest.raises(ValueError, match="`n_flow_steps` must be at least 2"):
         FPO("MlpPolicy", "Pendulum-v1", timestep_distribution="importance", policy_kwargs=dict(n_flow_steps=1))
     model = FPO("MlpPolicy", "Pendulum-v1", timestep_distribution="importance", n_steps=64, batch_size=64)
     model.policy.set_sampler(n_flow_steps=1)
-    with pytest.raises(ValueError, match="n_flow_steps"):
+    with pytest.raises(ValueError, match="`n_flow_steps` must be at least 2"):
         model.learn(64)
+    # It predicts, also after it was saved
+    model.save(tmp_path / "model")
+    loaded = FPO.load(tmp_path / "model")
+    obs = loaded.observation_space.sample()
+    assert np.array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
 
 
 @pytest.mark.parametrize("name", ["ema_start", "n_baseline_actions", "bounds_loss_coef"])
@@ -55,6 +60,8 @@ def test_negative(name):
 def test_out_of_range():
     with pytest.raises(ValueError, match="`clip_range` must be positive"):
         FPO("MlpPolicy", "Pendulum-v1", clip_range=lambda progress: -progress)
+    with pytest.raises(ValueError, match=r"`log_ratio_clip` must be more than -log\(1 - clip_range\) = 0.693, it is 0.5"):
+        FPO("MlpPolicy", "Pendulum-v1", clip_range=0.5, log_ratio_clip=0.5)
     with pytest.raises(AssertionError, match="`clip_range_vf` must be positive"):
         FPO("MlpPolicy", "Pendulum-v1", clip_range_vf=-0.2)
     with pytest.raises(ValueError, match="`ema_decay` must be between 0 and 1"):

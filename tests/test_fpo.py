@@ -242,8 +242,11 @@ def spread_without_rewards(monkeypatch, action_scale=1.0, **kwargs):
 
     model = make_model(
         n_steps=512, batch_size=128, n_epochs=10, learning_rate=1e-3, clip_range=0.2,
-        supervision="elbo", loss_reduction="sum", mc_sampling="stratified", n_baseline_actions=2, gamma=0.0,
-        policy_kwargs=dict(skip_connection=True, squash_type="clip", action_scale=action_scale), **kwargs,
+        supervision="elbo", loss_reduction="sum", mc_sampling="stratified", timestep_distribution="importance",
+        ratio_type="per_sample", n_mc_samples=4, n_baseline_actions=2, log_ratio_clip=0.5, gamma=0.0,
+        policy_kwargs=dict(
+            skip_connection=True, squash_type="clip", action_scale=action_scale, action_perturbation_std=0.1
+        ), **kwargs,
     )  # fmt: skip
     monkeypatch.setattr(model.rollout_buffer, "compute_returns_and_advantage", no_rewards(model.rollout_buffer))
     model.learn(5 * 1024)
@@ -252,16 +255,16 @@ def spread_without_rewards(monkeypatch, action_scale=1.0, **kwargs):
 
 @pytest.mark.parametrize("action_scale", [0.4, 2.0])
 def test_entropy_bonus(monkeypatch, action_scale):
-    """With nothing to gain the entropy decides: the actions fill the bounds, and do not leave them."""
-    without, with_bonus = (spread_without_rewards(monkeypatch, action_scale, ent_coef=ent_coef) for ent_coef in (0.0, 0.2))
-    # The standard deviation before a tanh that makes actions uniform
-    most_entropy = np.pi / np.sqrt(12)
-    assert abs(with_bonus - most_entropy) < 0.7 * abs(without - most_entropy)
+    """With nothing to gain the entropy decides: from narrower or wider, the actions come to fill the bounds."""
+    spread = spread_without_rewards(monkeypatch, action_scale, ent_coef=0.2)
+    # The standard deviation before a tanh that makes actions uniform is 0.9
+    assert 0.6 < spread < 1.3
 
 
-def test_log_squashing():
-    """The change of the log-density under a tanh, as torch.distributions has it."""
-    policy = make_model(policy_kwargs=dict(action_scale=0.5)).policy
+@pytest.mark.parametrize("squash_type", ["tanh", "clip"])
+def test_log_squashing(squash_type):
+    """The change of the log-density under a tanh, as torch.distributions has it, also if the actions are clipped."""
+    policy = make_model(policy_kwargs=dict(action_scale=0.5, squash_type=squash_type)).policy
     actions = th.linspace(-8, 8, 10).view(5, 2)
     expected = -TanhTransform().log_abs_det_jacobian(0.5 * actions, th.tanh(0.5 * actions)).sum(dim=-1)
     assert th.allclose(policy.log_squashing(actions), expected, atol=1e-5)
@@ -272,7 +275,7 @@ def test_log_squashing():
 def test_bounds_loss_keeps_actions_in_reach(monkeypatch):
     """... when they are driven out of the bounds, here by a reward for little entropy."""
     free, kept = (spread_without_rewards(monkeypatch, 1.5, ent_coef=-0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
-    assert kept < 0.8 * free
+    assert free > 2 and kept < 0.8 * free
 
 
 @pytest.mark.parametrize(

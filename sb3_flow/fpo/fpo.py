@@ -88,8 +88,9 @@ class FPO(OnPolicyAlgorithm):
         IMPORTANT: this clipping depends on the reward scaling.
     :param normalize_advantage: Whether to normalize or not the advantage (in each minibatch)
     :param ent_coef: Entropy coefficient for the loss calculation. The entropy is that of the actions squashed by a tanh, which
-        is largest within the bounds. Its gradient is taken with the CFM losses in place of log-likelihoods, so that it is one
-        only with ``supervision="elbo"``, ``loss_reduction="sum"`` and baseline actions
+        is largest when they fill the bounds (with ``squash_output=False`` that of the actions as they are, which drives them
+        out). Its gradient is taken with the CFM losses in place of log-likelihoods, so that it is one only with
+        ``supervision="elbo"``, ``loss_reduction="sum"`` and baseline actions
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
     :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
@@ -122,7 +123,8 @@ class FPO(OnPolicyAlgorithm):
         "aspo" for PPO's where the advantage is positive and SPO's where it is negative (FPO++)
     :param cfm_loss_clip: Upper bound on the CFM losses before they are compared, no bound if None
     :param log_ratio_clip: Bound on the absolute value of the log-ratio, no bound if None. Where the advantage is negative,
-        PPO's objective pushes an action away with a force proportional to its ratio, however large: this bounds it.
+        PPO's objective pushes an action away with a force proportional to its ratio, however large: this bounds it. It must
+        be more than ``-log(1 - clip_range)``.
     :param positive_advantage: Whether to use ``softplus(advantage)``, which is never negative, in place of the
         normalized advantage
     :param ema_decay: Decay, for one gradient step, of an exponential moving average of the actor (FPO++), which is
@@ -244,11 +246,18 @@ class FPO(OnPolicyAlgorithm):
         self.ema_start = ema_start
         self.target_kl = target_kl
         # Not checked with the others: rl-zoo3 loads models that will not train with one of zero
-        if not FloatSchedule(clip_range)(1.0) > 0:
-            raise ValueError(f"`clip_range` must be positive, it is {FloatSchedule(clip_range)(1.0)}")
+        first_clip_range = FloatSchedule(clip_range)(1.0)
+        if not first_clip_range > 0:
+            raise ValueError(f"`clip_range` must be positive, it is {first_clip_range}")
+        if log_ratio_clip is not None and 0 < log_ratio_clip and np.exp(-log_ratio_clip) >= 1 - first_clip_range > 0:
+            raise ValueError(
+                f"`log_ratio_clip` must be more than -log(1 - clip_range) = {-np.log(1 - first_clip_range):.3g}, it is "
+                f"{log_ratio_clip}: the ratio would never leave the trust region below"
+            )
 
         if _init_setup_model:
             self._setup_model()
+            self._check_flow_steps()
 
     def _check_arguments(self) -> None:
         check_choice("timestep_distribution", self.timestep_distribution, TIMESTEP_DISTRIBUTIONS)
@@ -300,7 +309,6 @@ class FPO(OnPolicyAlgorithm):
             raise ValueError(f"`policy` must be a FlowPolicy, it is {self.policy_class}")
         self._check_arguments()
         super()._setup_model()
-        self._check_flow_steps()
 
         # Initialize schedules for policy/value clipping
         self.clip_range = FloatSchedule(self.clip_range)
@@ -341,7 +349,8 @@ class FPO(OnPolicyAlgorithm):
         """
         Update policy using the currently gathered rollout buffer.
 
-        :raises ValueError: before any weight is changed, if a reward, an observation, a loss or a gradient is not finite
+        :raises ValueError: before any weight is changed, if a reward, an observation, a loss or a gradient is not finite, or
+            the sampler has a single step and ``timestep_distribution="importance"``
         """
         # Update optimizer learning rate
         self._update_learning_rate(self.policy.optimizer)
@@ -472,7 +481,7 @@ class FPO(OnPolicyAlgorithm):
         """
         The whole rollout, on the device and shuffled, with newly drawn Monte-Carlo pairs.
 
-        :raises ValueError: if one of its fields is not finite
+        :raises ValueError: if one of its fields is not finite, or the sampler has too few steps for the pairs
         """
         data = next(self.rollout_buffer.get(batch_size=None))
         observations = data.observations if isinstance(data.observations, dict) else {"obs": data.observations}

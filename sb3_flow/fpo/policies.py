@@ -234,8 +234,8 @@ class FlowPolicy(ActorCriticPolicy):
         """
         Sample in another way from now on, also after training: the flow stays the same. It is saved with the model.
 
-        If the training goes on, its rollouts are sampled this way too, and with ``timestep_distribution="grid"`` the CFM
-        losses are taken at the times of this number of steps.
+        If the training goes on, its rollouts are sampled this way too, and the CFM losses are taken at the times of this number
+        of steps, but with ``timestep_distribution="uniform"`` ("importance" needs at least two).
 
         :param sampler: "euler", "sde", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the others.
         :param n_flow_steps: Number of steps
@@ -434,7 +434,7 @@ class FlowPolicy(ActorCriticPolicy):
 
     def log_squashing(self, actions: th.Tensor) -> th.Tensor:
         """
-        What the log-density of actions gains where tanh squashes them, without a constant:
+        What the log-density of actions gains where a tanh squashes them, up to a constant:
         :math:`-\\sum_d \\log(1 - \\tanh^2(s\\, a_d))` with ``action_scale`` :math:`s` (Haarnoja et al., https://arxiv.org/abs/1801.01290,
         eq. 21). With ``squash_type="clip"`` it stands in for the bounds; without squashing it is zero.
 

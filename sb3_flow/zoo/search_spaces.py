@@ -50,7 +50,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "loss_reduction": trial.suggest_categorical("loss_reduction", ["mean", "sum"]),
         "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
         "trust_region": trial.suggest_categorical("trust_region", ["ppo", "spo", "aspo"]),
-        "log_ratio_clip": trial.suggest_categorical("log_ratio_clip", [0.5, 3.0]),
+        "log_ratio_clip": trial.suggest_categorical("log_ratio_clip", [0.75, 3.0]),
         "supervision": trial.suggest_categorical("supervision", ["noise", "velocity", "elbo"]),
         "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
         "output_scale": trial.suggest_categorical("output_scale", [0.25, 1.0, 4.0]),
@@ -59,7 +59,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "squash_type": trial.suggest_categorical("squash_type", ["tanh", "clip"]),
         "skip_connection": trial.suggest_categorical("skip_connection", [False, True]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fpo"])),
-        "bounds_loss_coef": trial.suggest_categorical("bounds_loss_coef", [0.0, 0.1]),
+        "bounds_loss_coef": trial.suggest_categorical("bounds_loss_coef", [0.0, 0.3]),
     }
     hyperparams = convert_fpo_params(params)
     for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
