@@ -234,8 +234,8 @@ class FlowPolicy(ActorCriticPolicy):
         """
         Sample in another way from now on, also after training: the flow stays the same. It is saved with the model.
 
-        If the training goes on, its rollouts are sampled this way too, and the CFM losses are taken at the times of this number
-        of steps, but with ``timestep_distribution="uniform"`` ("importance" needs at least two).
+        If the training goes on, its rollouts are sampled this way too, and the CFM losses are taken at the times of this
+        number of steps, but with ``timestep_distribution="uniform"`` ("importance" needs at least two).
 
         :param sampler: "euler", "sde", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the others.
         :param n_flow_steps: Number of steps
