@@ -46,13 +46,18 @@ def result_file(algo: str, env_id: str, seed: int) -> Path:
     return RESULTS / f"{env_id.split('/')[-1]}-{algo}-seed{seed}.json"
 
 
+def is_current(result: dict[str, Any]) -> bool:
+    """Whether a result is one of the hyperparameters of now."""
+    return result["hyperparameters"] == hyperparameters(result["algo"], result["env"])
+
+
 def is_done(algo: str, env_id: str, seed: int, steps: int) -> bool:
     """Whether there is a result, of these steps and hyperparameters."""
     file = result_file(algo, env_id, seed)
     if not file.exists():
         return False
     result = json.loads(file.read_text())
-    return result["steps"] == steps and result["hyperparameters"] == hyperparameters(algo, env_id)
+    return result["steps"] == steps and is_current(result)
 
 
 def run(algo: str, env_id: str, seed: int, steps: int, logs: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from dmc import ALGOS, DMC, MUJOCO, RESULTS, hyperparameters
+from dmc import ALGOS, DMC, MUJOCO, RESULTS, is_current
 from rliable import library, metrics
 from runs import N_EVAL_EPISODES, ROOT
 
@@ -36,7 +36,7 @@ def load(tasks: list[str]) -> Runs:
                 result["seed"]: result
                 for file in sorted(RESULTS.glob(f"{env_id.split('/')[-1]}-{algo}-seed*.json"))
                 for result in [json.loads(file.read_text())]
-                if result["hyperparameters"] == hyperparameters(algo, env_id)
+                if is_current(result)
             }
             for algo in ALGOS
         }
