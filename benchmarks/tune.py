@@ -2,10 +2,10 @@
 Tune the hyperparameters that the DMC tasks share, with Optuna: `python benchmarks/tune.py --algo fpo --trials 12`
 
 A trial is one run on each of some tasks, 250,000 steps each, and its value their mean deterministic return. It is pruned
-after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both; the
-first two of each are settings known to work. The study is in a journal file: further calls, at the same time or later,
-go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv (those of FPO that are there are of one ratio for
-each transition, times of the grid and the entropy of actions that are not squashed, which commit 70435b5 changed).
+after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both, and the
+first trial of each has the hyperparameters of now. The study is in a journal file: further calls, at the same time or
+later, go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv. (Those that are there are of this file at
+commit abea70b, whose FPO had one ratio for each transition, timesteps of the grid and another entropy.)
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from dmc import ALGOS
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from runs import ROOT, Job, run_jobs, train_and_evaluate
@@ -29,17 +30,17 @@ TASKS: dict[str, dict[str, Any]] = {
 #: Not among the seeds of dmc.py
 SEED = 1000
 NET_ARCHS = {"2x64": [64] * 2, "2x128": [128] * 2}
-SHARED = {"batch_size": 256, "n_epochs": 10, "gamma": 0.99, "exploration_std": 0.5, "net_arch": "2x64",
-          "ent_coef": 0.0, "ortho_init": False}  # fmt: skip
-FIRST_TRIALS: dict[str, list[dict[str, Any]]] = {
-    "fpo": [
-        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.5, "clip_schedule": "lin_", "ent_coef": 0.01},
-        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": ""},
-    ],
-    "ppo": [
-        {**SHARED, "learning_rate": 8e-4, "clip_range": 0.3, "clip_schedule": "lin_"},
-        {**SHARED, "learning_rate": 4e-4, "clip_range": 0.2, "clip_schedule": ""},
-    ],
+FIRST_TRIAL = {
+    "batch_size": 512,
+    "n_epochs": 10,
+    "learning_rate": 1e-3,
+    "gamma": 0.995,
+    "clip_range": 0.2,
+    "clip_schedule": "",
+    "exploration_std": 0.86,
+    "net_arch": "2x64",
+    "ent_coef": 0.01,
+    "ortho_init": True,
 }
 
 
@@ -49,7 +50,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
     n_epochs = trial.suggest_categorical("n_epochs", [5, 10, 20])
     learning_rate = trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True)
     gamma = trial.suggest_categorical("gamma", [0.97, 0.98, 0.99, 0.995])
-    clip_range = f"{trial.suggest_float('clip_range', 0.1, 0.5, log=True):.2f}"
+    clip_range = f"{trial.suggest_float('clip_range', 0.1, 0.35, log=True):.2f}"
     clip_schedule = trial.suggest_categorical("clip_schedule", ["", "lin_"])
     # Standard deviation of the actions of a new policy, before they are clipped
     std = trial.suggest_float("exploration_std", 0.2, 1.0, log=True)
@@ -65,15 +66,17 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         n_epochs=n_epochs,
         learning_rate=f"lin_{learning_rate:.1e}",
         gamma=gamma,
-        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.003, 0.01]),
+        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.003, 0.01, 0.03]),
         clip_range=f"lin_{clip_range}" if clip_schedule else float(clip_range),
     )
     ortho_init = trial.suggest_categorical("ortho_init", [False, True])
     networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256]), ortho_init={ortho_init}"
     if algo == "fpo":
-        flow = f"lecun_init=False, output_scale=2.0, skip_connection=True, squash_type='clip', action_scale={std:.2f}"
+        flow = f"output_scale=4.0, skip_connection=True, squash_type='clip', action_scale={std:.2f}"
         return dict(
             **hyperparameters,
+            bounds_loss_coef=0.3,
+            log_ratio_clip=0.5,
             supervision="elbo",
             loss_reduction="sum",
             ratio_type="per_sample",
@@ -81,7 +84,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
             timestep_distribution="importance",
             n_mc_samples=4,
             n_baseline_actions=2,
-            policy_kwargs=f"dict({networks}, {flow})",
+            policy_kwargs=f"dict({networks}, {flow}, action_perturbation_std=0.1)",
         )
     return dict(
         **hyperparameters,
@@ -110,7 +113,7 @@ def objective(trial: optuna.Trial, algo: str, steps: int, logs: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algo", choices=list(FIRST_TRIALS), default="fpo")
+    parser.add_argument("--algo", choices=ALGOS, default="fpo")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--steps", type=int, default=250_000)
     parser.add_argument("--logs", type=Path, default=Path("logs/tuning"))
@@ -133,8 +136,7 @@ def main() -> None:
         load_if_exists=True,
     )
     if not study.trials:
-        for parameters in FIRST_TRIALS[args.algo]:
-            study.enqueue_trial(parameters)
+        study.enqueue_trial(FIRST_TRIAL)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for _ in range(args.trials):
         study.optimize(lambda trial: objective(trial, args.algo, args.steps, args.logs), n_trials=1)
