@@ -8,8 +8,8 @@ benchmark goes on where it stopped. The table is printed from those files (`--ta
 Settings:
   fpo         hyperparams/fpo.yml
   fpo-wide    the same, with action_scale=1: exploration as wide as that of a standard normal
-  ppo         PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate
-              and normalization; clip range 0.2, networks of 2×64 SiLU for policy and value
+  ppo         PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate,
+              entropy coefficient and normalization; clip range 0.2, networks of 2×64 SiLU for policy and value
   ppo-narrow  PPO again, with exploration as narrow as FPO's with action_scale=0.3: log_std_init=-1.2
   ppo-zoo     PPO with the tuned hyperparameters of rl-zoo3 (those of the v4 task where it has none for v5)
 """
@@ -40,7 +40,7 @@ def hyperparameters(setting: str, env_id: str) -> dict:
         return {**block, "policy_kwargs": block.get("policy_kwargs", "dict()").replace(", action_scale=0.3", "")}
     if setting in ("ppo", "ppo-narrow"):
         geometry = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda",
-                    "learning_rate", "normalize", "env_wrapper")  # fmt: skip
+                    "learning_rate", "ent_coef", "normalize", "env_wrapper")  # fmt: skip
         ppo = {key: block[key] for key in geometry if key in block}
         # What FPO leaves at a default that is not PPO's
         log_std_init = ", log_std_init=-1.2" if setting == "ppo-narrow" else ""

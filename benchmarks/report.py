@@ -47,9 +47,9 @@ def load(tasks: list[str]) -> Runs:
 
 
 def tuned_by_hand() -> str:
-    """How many runs each algorithm was tuned with by hand."""
+    """How many runs on DMC tasks each algorithm was tuned with by hand."""
     with open(TUNED_BY_HAND) as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["env"] in DMC]
     tasks = {algo: [row["env"] for row in rows if row["algo"] == algo] for algo in ALGOS}
     return ", ".join(f"{len(envs)} of {algo.upper()} on {len(set(envs))} tasks" for algo, envs in tasks.items())
 
