@@ -54,9 +54,11 @@ def provenance() -> dict[str, Any]:
     """Commit, versions and hardware."""
     packages = ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "mujoco", "numpy")
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    # The results of the runs before this one are no change of what is run
+    changes = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+    if subprocess.run(changes, cwd=ROOT).returncode:
+        commit += "-dirty"
     return dict(
         commit=commit,
         versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
