@@ -11,6 +11,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -85,6 +86,25 @@ def test_hyperparameters_are_valid(algo):
             assert model.n_steps * hyperparams.get("n_envs", 1) % model.batch_size == 0
 
 
+def test_dm_control(monkeypatch, capsys):
+    """Its tasks are found by their names, and train with their own hyperparameters."""
+    pytest.importorskip("dm_control", reason='needs pip install "sb3-flow[dmc]"')
+    pytest.importorskip("shimmy", reason='needs pip install "sb3-flow[dmc]"')
+    blocks = yaml.safe_load(Path(sb3_flow.zoo.default_conf_file("fpo")).read_text())
+    tasks = [env_id for env_id in blocks if env_id.startswith("dm_control/")]
+    assert len(tasks) == 10
+    for env_id in tasks:
+        sb3_flow.zoo.register_envs(env_id)
+        gym.spec(env_id)
+    short = ["-n", 64, "--eval-freq", -1, "-params", "n_envs:2", "n_steps:32", "batch_size:32", "n_epochs:1"]
+    sb3_flow_main(monkeypatch, "train", "--algo", "fpo", "--env", "dm_control/ball_in_cup-catch-v0", *short)
+    model = FPO.load("logs/fpo/dm_control-ball_in_cup-catch-v0_1/dm_control-ball_in_cup-catch-v0.zip")
+    # Position and velocity, flattened
+    assert model.observation_space.shape == (8,) and model.gamma == 0.95
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", "--env", "dm_control/ball_in_cup-catch-v0", "-n", 1)
+    assert "deterministic return, 1 episodes" in capsys.readouterr().out
+
+
 def test_train_evaluate_enjoy(monkeypatch, capsys):
     sb3_flow_main(monkeypatch, *TRAIN, "-n", 512, "--eval-freq", 256, "--eval-episodes", 2, "-P")
     run = Path("logs/fpo/Pendulum-v1_1")
@@ -152,6 +172,14 @@ def test_fql_resumes(monkeypatch, capsys):
     assert checkpoint_steps(run) == [40, 80, 120]
     # Only the latest, which can be large
     assert [path.name for path in run.glob("rl_model_replay_buffer_*")] == ["rl_model_replay_buffer_120_steps.pkl"]
+    # A run that was killed before, or while, the buffer was written
+    unfinished = [run / "rl_model_130_steps.zip", run / "rl_model_140_steps.zip", run / "rl_model_replay_buffer_140_steps.pkl"]
+    for path in unfinished[:2]:
+        shutil.copy(run / "rl_model_120_steps.zip", path)
+    unfinished[2].write_bytes((run / "rl_model_replay_buffer_120_steps.pkl").read_bytes()[:-100])
+    assert last_checkpoint(run) == (run / "rl_model_120_steps.zip", 120)
+    for path in unfinished:
+        path.unlink()
     sb3_flow_main(monkeypatch, *train, "-n", 60, *params, "--resume")
     assert f"Resuming {run} after 120 of 160 timesteps" in capsys.readouterr().out
     model = FQL.load(run / "Pendulum-v1.zip")
@@ -159,12 +187,18 @@ def test_fql_resumes(monkeypatch, capsys):
     # (SB3 saves an online checkpoint before the transition of its step is stored and learned from)
     assert model.num_timesteps == 160 and model._n_updates == 159 and model.replay_buffer.size() == 59
     # From a checkpoint of the offline phase, all of the online phase is left
-    for path in [run / "rl_model_120_steps.zip", run / "rl_model_160_steps.zip", run / "replay_buffer.pkl"]:
+    for path in [run / "rl_model_120_steps.zip", run / "rl_model_160_steps.zip", *run.glob("*replay_buffer*.pkl")]:
         path.unlink(missing_ok=True)
     sb3_flow_main(monkeypatch, *train, "-n", 60, *params, "--resume")
+    assert "is lost" not in capsys.readouterr().out
     model = FQL.load(run / "Pendulum-v1.zip")
     model.load_replay_buffer(run / "replay_buffer.pkl")
     assert model.num_timesteps == model._n_updates == 160 and model.replay_buffer.size() == 60
+    # Without what was collected online it goes on, and says so
+    for path in run.glob("*replay_buffer*.pkl"):
+        path.unlink()
+    sb3_flow_main(monkeypatch, *train, "-n", 70, *params, "--resume")
+    assert "rl_model_160_steps.zip had collected is lost" in capsys.readouterr().out
 
 
 def test_evaluation_with_and_without_noise(monkeypatch, capsys):
@@ -191,7 +225,11 @@ def test_evaluation_with_and_without_noise(monkeypatch, capsys):
         sb3_flow_main(monkeypatch, *args)
         return {not deterministic for deterministic in calls}
 
-    assert noise_of("train", *mine, "-n", 20, "--eval-freq", 20, "--eval-episodes", 1, *params) == {True}
+    train = ["train", *mine, "--eval-freq", 20, "--eval-episodes", 1, "--save-freq", 20, "-n"]
+    assert noise_of(*train, 20, *params) == {True}
+    # A run that goes on has its former successes
+    sb3_flow_main(monkeypatch, *train, 40, *params, "--resume")
+    assert np.load("logs/fql/MyTask-v0_1/evaluations.npz")["successes"].tolist() == [[True], [True]]
     assert noise_of("evaluate", *mine, "-n", 1) == {True}
     assert "Success rate: 100 %" in capsys.readouterr().out
     assert noise_of("evaluate", *mine, "-n", 1, "--deterministic") == {False}
@@ -271,7 +309,7 @@ def test_trained_agent(monkeypatch):
 
 
 def test_search_space():
-    """Minibatches divide the rollout, and the sampler sees the same bounds in each trial."""
+    """All that is sampled is valid, minibatches divide the rollout, and the sampler sees the same bounds in each trial."""
     sb3_flow.zoo.register()
     for n_envs in (1, 10, 16, 4096):
         study = optuna.create_study()
@@ -279,9 +317,25 @@ def test_search_space():
         for _ in range(20):
             trial = study.ask()
             hyperparams = HYPERPARAMS_SAMPLER["fpo"](trial, 1, n_envs, {})
-            assert hyperparams["n_steps"] * n_envs % hyperparams["batch_size"] == 0 and hyperparams["clip_range"] <= 0.5
+            assert hyperparams["n_steps"] * n_envs % hyperparams["batch_size"] == 0
+            # Below, there would be no trust region
+            assert hyperparams["log_ratio_clip"] > -np.log(1 - trial.distributions["clip_range"].high)
             distributions.add(str(trial.distributions))
         assert len(distributions) == 1
+    for algo, model_class in sb3_flow.zoo.FLOW_ALGOS.items():
+        for _ in range(10):
+            hyperparams = HYPERPARAMS_SAMPLER[algo](optuna.create_study().ask(), 1, 1, {})
+            model_class("MlpPolicy", "Pendulum-v1", **hyperparams)
+
+
+def test_offline_trials_are_evaluated_along_the_way():
+    from sb3_flow.zoo.experiment import FlowExperimentManager
+
+    manager = FlowExperimentManager(
+        SimpleNamespace(seed=0), "fql", "Pendulum-v1", "logs", optimize_hyperparameters=True, n_evaluations=None
+    )
+    manager._preprocess_hyperparams({"policy": "MlpPolicy", "n_timesteps": 200_000, "offline_steps": 500_000})
+    assert manager.n_evaluations == 7
 
 
 def test_optimize(monkeypatch, capsys):
@@ -441,6 +495,14 @@ def test_killed_run_resumes(monkeypatch, capsys):
     assert steps + 1024 <= model.num_timesteps < steps + 1024 + 128
     # The episodes of the resumed run come after those of the killed one
     all_episodes = load_results(str(run))
+    assert len(all_episodes) > len(episodes)
+    assert np.array_equal(all_episodes["r"][: len(episodes)], episodes["r"])
+    # Once more from the same checkpoint
+    for path in run.glob("rl_model_*"):
+        if int(path.stem.split("_")[-2]) > steps:
+            path.unlink()
+    sb3_flow_main(monkeypatch, *TRAIN, *options, "--resume")
+    episodes, all_episodes = all_episodes, load_results(str(run))
     assert len(all_episodes) > len(episodes)
     assert np.array_equal(all_episodes["r"][: len(episodes)], episodes["r"])
     timesteps = np.load(run / "evaluations.npz")["timesteps"]

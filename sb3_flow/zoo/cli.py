@@ -72,8 +72,8 @@ def train() -> None:
     if resume.resume is not None:
         run_folder = Path(resume.resume) if resume.resume else find_run(Path(args.log_folder) / args.algo, args.env)
         _add_defaults("--trained-agent", str(last_checkpoint(run_folder)[0]))
-    rl_zoo3.train.ExperimentManager = partial(FlowExperimentManager, resume=run_folder)  # type: ignore[misc, assignment]
-    rl_zoo3.train.train()
+    with mock.patch.object(rl_zoo3.train, "ExperimentManager", partial(FlowExperimentManager, resume=run_folder)):
+        rl_zoo3.train.train()
 
 
 def enjoy() -> None:

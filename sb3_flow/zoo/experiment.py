@@ -96,9 +96,11 @@ def last_checkpoint(run_folder: Path) -> tuple[Path, int]:
         for path in run_folder.glob("rl_model_*_steps.zip")
         if (match := re.fullmatch(r"rl_model_(\d+)_steps.zip", path.name)) and zipfile.is_zipfile(path)
     }
-    # The statistics are written last: without them a checkpoint is not complete, unless the run has none at all
-    if any(run_folder.glob("rl_model_vecnormalize_*_steps.pkl")):
-        checkpoints = {steps: path for steps, path in checkpoints.items() if _is_pickle(vecnormalize_path(path))}
+    # Replay buffer and statistics are written after the model: without them a checkpoint is not complete, unless the run has
+    # none at all
+    for kind, path_of in (("replay_buffer", replay_buffer_path), ("vecnormalize", vecnormalize_path)):
+        if any(run_folder.glob(f"rl_model_{kind}_*_steps.pkl")):
+            checkpoints = {steps: path for steps, path in checkpoints.items() if _is_pickle(path_of(path))}
     if not checkpoints:
         raise FileNotFoundError(f"There is no checkpoint (rl_model_*_steps.zip) to resume from in {run_folder}")
     num_timesteps = max(checkpoints)
@@ -146,10 +148,15 @@ class FlowExperimentManager(ExperimentManager):
             self.save_path = str(resume)
             self.params_path = f"{self.save_path}/{self.env_name}"
             # New Monitor files beside the old ones: each has a clock of its own, that their readers take into account
+            n_resumed = len({path.name.split(".")[0] for path in resume.glob("before_*.monitor.csv")})
             for path in resume.glob("[0-9]*.monitor.csv"):
-                path.rename(path.with_name(f"before_{self.resumed_timesteps}.{path.name}"))
+                path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
+        if self.optimize_hyperparameters and self.n_evaluations is None:
+            # As rl-zoo3, one every 100,000 timesteps, but of both phases
+            n_timesteps = self.n_timesteps if self.n_timesteps > 0 else int(hyperparams["n_timesteps"])
+            self.n_evaluations = max(1, (hyperparams.get("offline_steps", 0) + n_timesteps) // 100_000)
         processed = super()._preprocess_hyperparams(hyperparams)
         if self.resumed_timesteps:
             # Those of an offline phase, gradient steps, come on top of what is to be learned online
@@ -195,10 +202,14 @@ class FlowExperimentManager(ExperimentManager):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         model = super()._load_pretrained_agent(hyperparams, env)
-        replay_buffer = replay_buffer_path(Path(self.trained_agent))
-        if isinstance(model, OffPolicyAlgorithm) and replay_buffer.suffix == ".pkl" and replay_buffer.is_file():
-            print(f"Loading replay buffer {replay_buffer}")
-            model.load_replay_buffer(replay_buffer, truncate_last_traj=True)
+        agent = Path(self.trained_agent)
+        replay_buffer, final_replay_buffer = replay_buffer_path(agent), agent.with_name("replay_buffer.pkl")
+        if isinstance(model, OffPolicyAlgorithm) and replay_buffer != agent:
+            if replay_buffer.is_file():
+                print(f"Loading replay buffer {replay_buffer}")
+                model.load_replay_buffer(replay_buffer, truncate_last_traj=True)
+            elif model.num_timesteps > hyperparams.get("offline_steps", 0) and not final_replay_buffer.is_file():
+                print(f"There is no {replay_buffer} (see --save-replay-buffer): what {agent} had collected is lost")
         return model
 
     def create_callbacks(self) -> None:
@@ -216,6 +227,7 @@ class FlowExperimentManager(ExperimentManager):
         try:
             with np.load(Path(self.save_path) / "evaluations.npz") as npz:
                 evaluations = list(zip(npz["timesteps"], npz["results"], npz["ep_lengths"], strict=True))
+                successes = list(npz["successes"]) if "successes" in npz else []
         except (OSError, EOFError, ValueError, zipfile.BadZipFile):
             # None yet, or the run was killed while it wrote them
             return
@@ -225,6 +237,7 @@ class FlowExperimentManager(ExperimentManager):
                 callback.evaluations_results.append(results.tolist())
                 callback.evaluations_length.append(lengths.tolist())
                 callback.best_mean_reward = max(callback.best_mean_reward, float(results.mean()))
+        callback.evaluations_successes = [success.tolist() for success in successes[: len(callback.evaluations_timesteps)]]
 
     def objective(self, trial: optuna.Trial) -> float:
         # Which of the workers ran it

@@ -9,6 +9,7 @@ import optuna
 
 NET_ARCHS: dict[str, dict[str, Any]] = {
     "fpo": {
+        "flat": dict(pi=[64] * 2, vf=[256] * 2),
         "tiny": dict(pi=[32] * 4, vf=[64] * 2),
         "small": dict(pi=[32] * 4, vf=[256] * 2),
         "medium": dict(pi=[64] * 3, vf=[256] * 2),
@@ -39,8 +40,9 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
-        # The range of PPO is for "elbo", the sum and baseline actions, that of the paper for its own choices
-        "clip_range": trial.suggest_float("clip_range", 0.01, 0.5, log=True),
+        # The range of PPO is for "elbo", the sum and baseline actions, that of the paper for its own choices. Its bound is
+        # that of the smallest log_ratio_clip, which has to be more than -log(1 - clip_range)
+        "clip_range": trial.suggest_float("clip_range", 0.01, 0.35, log=True),
         "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),
         "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
         "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
@@ -50,7 +52,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "loss_reduction": trial.suggest_categorical("loss_reduction", ["mean", "sum"]),
         "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
         "trust_region": trial.suggest_categorical("trust_region", ["ppo", "spo", "aspo"]),
-        "log_ratio_clip": trial.suggest_categorical("log_ratio_clip", [0.75, 3.0]),
+        "log_ratio_clip": trial.suggest_categorical("log_ratio_clip", [0.5, 3.0]),
         "supervision": trial.suggest_categorical("supervision", ["noise", "velocity", "elbo"]),
         "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
         "output_scale": trial.suggest_categorical("output_scale", [0.25, 1.0, 4.0]),
@@ -59,6 +61,7 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "squash_type": trial.suggest_categorical("squash_type", ["tanh", "clip"]),
         "skip_connection": trial.suggest_categorical("skip_connection", [False, True]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fpo"])),
+        "ortho_init": trial.suggest_categorical("ortho_init", [False, True]),
         "bounds_loss_coef": trial.suggest_categorical("bounds_loss_coef", [0.0, 0.3]),
     }
     hyperparams = convert_fpo_params(params)
@@ -80,6 +83,7 @@ def convert_fpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
     policy_arguments = (
         "n_flow_steps", "output_scale", "action_scale", "action_perturbation_std", "squash_type", "skip_connection",
+        "ortho_init",
     )  # fmt: skip
     policy_kwargs = {name: hyperparams.pop(name) for name in policy_arguments}
     policy_kwargs["net_arch"] = NET_ARCHS["fpo"][hyperparams.pop("net_arch")]
