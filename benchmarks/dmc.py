@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from runs import ROOT, Job, provenance, run_jobs, train_and_evaluate
+from runs import ROOT, Job, run_jobs, train_and_evaluate, write_result
 
 RESULTS = ROOT / "benchmarks" / "results" / "dmc"
 DMC = [
@@ -26,6 +26,7 @@ DMC = [
 ]  # fmt: skip
 MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"]
 ALGOS = ("fpo", "ppo")
+STEPS = 1_000_000
 
 
 def hyperparameters(algo: str, env_id: str) -> dict[str, Any]:
@@ -42,8 +43,9 @@ def hyperparameters(algo: str, env_id: str) -> dict[str, Any]:
     return yaml.safe_load(conf_file.read_text())[env_id]
 
 
-def result_file(algo: str, env_id: str, seed: int) -> Path:
-    return RESULTS / f"{env_id.split('/')[-1]}-{algo}-seed{seed}.json"
+def result_file(algo: str, env_id: str, seed: int, steps: int) -> Path:
+    name = env_id.split("/")[-1]
+    return RESULTS / f"{name if steps == STEPS else f'{name}-{steps}'}-{algo}-seed{seed}.json"
 
 
 def is_current(result: dict[str, Any]) -> bool:
@@ -53,23 +55,19 @@ def is_current(result: dict[str, Any]) -> bool:
 
 def is_done(algo: str, env_id: str, seed: int, steps: int) -> bool:
     """Whether there is a result, of these steps and hyperparameters."""
-    file = result_file(algo, env_id, seed)
-    if not file.exists():
-        return False
-    result = json.loads(file.read_text())
-    return result["steps"] == steps and is_current(result)
+    file = result_file(algo, env_id, seed, steps)
+    return file.exists() and is_current(json.loads(file.read_text()))
 
 
 def run(algo: str, env_id: str, seed: int, steps: int, logs: Path) -> None:
     """One run, in this process."""
     evaluations = ["--eval-freq", str(steps // 10), "--eval-episodes", "5", "--n-eval-envs", "5"]
-    file = result_file(algo, env_id, seed)
+    file = result_file(algo, env_id, seed, steps)
     result = train_and_evaluate(
         algo, env_id, steps, seed, hyperparameters(algo, env_id), logs / file.stem, train_arguments=evaluations
     )
     command = f"python benchmarks/dmc.py --tasks {env_id} --algos {algo} --seeds {seed} --steps {steps}"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(algo=algo, **result, command=command, **provenance())) + "\n")
+    write_result(file, dict(algo=algo, **result, command=command))
 
 
 def main() -> None:
@@ -77,7 +75,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=[*DMC, *MUJOCO], default=[*DMC, *MUJOCO], metavar="ENV")
     parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--logs", type=Path, default=Path("logs/dmc"))
     parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
@@ -92,7 +90,7 @@ def main() -> None:
                 if not is_done(algo, env_id, seed, args.steps):
                     arguments = ["--run-one", "--tasks", env_id, "--algos", algo, "--seeds", str(seed),
                                  "--steps", str(args.steps), "--logs", str(args.logs)]  # fmt: skip
-                    jobs.append(Job(result_file(algo, env_id, seed).stem, [__file__, *arguments]))
+                    jobs.append(Job(result_file(algo, env_id, seed, args.steps).stem, [__file__, *arguments]))
     print(f"{len(jobs)} runs to do", flush=True)
     run_jobs(jobs, args.jobs, args.logs)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from learning import provenance
+from runs import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gridworld"

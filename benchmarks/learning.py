@@ -9,18 +9,19 @@ Settings:
   fpo         hyperparams/fpo.yml
   fpo-wide    the same, with action_scale=1: exploration as wide as that of a standard normal
   ppo         PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate,
-              entropy coefficient and normalization; clip range 0.2, networks of 2×64 SiLU for policy and value
+              entropy coefficient, normalization and networks (2×64 where it names none); clip range 0.2
   ppo-narrow  PPO again, with exploration as narrow as FPO's with action_scale=0.3: log_std_init=-1.2
   ppo-zoo     PPO with the tuned hyperparameters of rl-zoo3 (those of the v4 task where it has none for v5)
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import yaml
-from runs import N_EVAL_EPISODES, ROOT, Job, provenance, run_jobs, train_and_evaluate
+from runs import N_EVAL_EPISODES, ROOT, Job, run_jobs, train_and_evaluate, write_result
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SETTINGS = ("fpo", "fpo-wide", "ppo", "ppo-narrow", "ppo-zoo")
@@ -42,9 +43,13 @@ def hyperparameters(setting: str, env_id: str) -> dict:
         geometry = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda",
                     "learning_rate", "ent_coef", "normalize", "env_wrapper")  # fmt: skip
         ppo = {key: block[key] for key in geometry if key in block}
+        policy_kwargs = "activation_fn=nn.SiLU"
+        if setting == "ppo-narrow":
+            policy_kwargs += ", log_std_init=-1.2"
+        if net_arch := re.search(r"net_arch=dict\(.*?\)", block.get("policy_kwargs", "")):
+            policy_kwargs += f", {net_arch[0]}"
         # What FPO leaves at a default that is not PPO's
-        log_std_init = ", log_std_init=-1.2" if setting == "ppo-narrow" else ""
-        return {"batch_size": 256, **ppo, "policy_kwargs": f"dict(activation_fn=nn.SiLU{log_std_init})"}
+        return {"batch_size": 256, **ppo, "policy_kwargs": f"dict({policy_kwargs})"}
     zoo_blocks = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
     return zoo_blocks.get(env_id) or zoo_blocks[env_id.replace("-v5", "-v4")]
 
@@ -54,14 +59,8 @@ def run(setting: str, env_id: str, steps: int, seed: int, logs: Path) -> None:
     run_result = train_and_evaluate(
         setting.split("-")[0], env_id, steps, seed, hyperparameters(setting, env_id), logs / f"{setting}-seed{seed}"
     )
-    result = dict(
-        setting=setting,
-        **run_result,
-        command=f"python benchmarks/learning.py --env {env_id} --steps {steps} --settings {setting} --seeds {seed}",
-        **provenance(),
-    )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result_file(setting, env_id, steps, seed).write_text(json.dumps(result, indent=1) + "\n")
+    command = f"python benchmarks/learning.py --env {env_id} --steps {steps} --settings {setting} --seeds {seed}"
+    write_result(result_file(setting, env_id, steps, seed), dict(setting=setting, **run_result, command=command))
 
 
 def result_file(setting: str, env_id: str, steps: int, seed: int) -> Path:

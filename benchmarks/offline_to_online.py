@@ -18,7 +18,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from learning import provenance
+from runs import provenance
 
 RESULTS = Path(__file__).parent / "results" / "offline_to_online"
 N_EVAL_EPISODES = 20

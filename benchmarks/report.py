@@ -63,11 +63,18 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.0f} ± {values.std():.0f}" if len(values) > 1 else f"{values.mean():.0f}"
 
 
-def aggregates(runs: Runs, scale: float) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """IQM and mean over tasks and seeds, with their intervals. Each task needs the same number of seeds."""
+def aggregates(runs: Runs, relative: bool) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """
+    IQM and mean over tasks and seeds, with their intervals. Each task needs the same number of seeds.
+
+    :param runs: Results by task and algorithm
+    :param relative: Whether returns are in units of PPO's mean on the task
+    :return: value, and lower and upper end of its interval
+    """
     n_seeds = min(len(results) for task in runs.values() for results in task.values())
+    units = [returns(task["ppo"]).mean() if relative else 1.0 for task in runs.values()]
     scores = {
-        algo: np.stack([returns(task[algo])[:n_seeds] for task in runs.values()], axis=1) / scale for algo in ALGOS
+        algo: np.stack([returns(task[algo])[:n_seeds] for task in runs.values()], axis=1) / units for algo in ALGOS
     }  # fmt: skip
     # The same page from the same files: rliable draws from NumPy's global generator, not from its `random_state`
     np.random.seed(0)
@@ -75,10 +82,7 @@ def aggregates(runs: Runs, scale: float) -> dict[str, dict[str, tuple[float, flo
         scores, lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_mean(x)]), reps=10_000
     )
     return {
-        algo: {
-            name: (scale * points[algo][k], scale * intervals[algo][0, k], scale * intervals[algo][1, k])
-            for k, name in enumerate(("IQM", "mean"))
-        }
+        algo: {name: (points[algo][k], intervals[algo][0, k], intervals[algo][1, k]) for k, name in enumerate(("IQM", "mean"))}
         for algo in ALGOS
     }
 
@@ -116,7 +120,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
+def section(title: str, runs: Runs, relative: bool, figure: Path) -> str:
+    """
+    Table, aggregates and figure.
+
+    :param title: Heading
+    :param runs: Results by task and algorithm
+    :param relative: Whether the returns of the tasks have scales of their own: then it is their ratios that are averaged
+    :param figure: Path of the figure
+    :return: section of the page
+    """
     header = ["", "seeds", "FPO", "PPO", "FPO / PPO", "FPO, stochastic", "PPO, stochastic", "FPO, steps/s", "PPO, steps/s"]
     rows, means = [], []
     for env_id, task in runs.items():
@@ -135,25 +148,35 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
                 *(f"{speed:.0f}" for speed in speeds),
             ]
         )
-    fpo, ppo, fpo_stochastic, ppo_stochastic = np.mean(means, axis=0)
-    mean_row = [f"{fpo:.0f}", f"{ppo:.0f}", f"{fpo / ppo:.2f}", f"{fpo_stochastic:.0f}", f"{ppo_stochastic:.0f}"]
-    if len(runs) > 1:
+    fpo, ppo, fpo_stochastic, ppo_stochastic = np.array(means).T
+    if relative:
+        ratio, stochastic_ratio = np.mean(fpo / ppo), np.mean(fpo_stochastic / ppo_stochastic)
+        rows.append(["**mean**", "", "", "", f"**{ratio:.2f}**", "", "", "", ""])
+    else:
+        ratio, stochastic_ratio = fpo.mean() / ppo.mean(), fpo_stochastic.mean() / ppo_stochastic.mean()
+        mean_row = [f"{fpo.mean():.0f}", f"{ppo.mean():.0f}", f"{ratio:.2f}",
+                    f"{fpo_stochastic.mean():.0f}", f"{ppo_stochastic.mean():.0f}"]  # fmt: skip
         rows.append(["**mean**", "", *(f"**{cell}**" for cell in mean_row), "", ""])
     wins, stochastic_wins = (sum(row[k] > row[k + 1] for row in means) for k in (0, 2))
     # One seed has no interval
     intervals = ["Where there is a single seed: others may differ by as much as the algorithms do.", ""]
     if min(len(task["fpo"]) for task in runs.values()) > 1:
-        estimates = aggregates(runs, scale)
-        aggregate_rows = [
-            [name, *("{:.0f} [{:.0f}, {:.0f}]".format(*estimates[algo][name]) for algo in ALGOS)] for name in ("IQM", "mean")
-        ]
+        estimates = aggregates(runs, relative)
+        cell = "{:.2f} [{:.2f}, {:.2f}]" if relative else "{:.0f} [{:.0f}, {:.0f}]"
+        aggregate_rows = [[name, *(cell.format(*estimates[algo][name]) for algo in ALGOS)] for name in ("IQM", "mean")]
+        unit = ", in units of PPO's mean on the task" if relative else ""
         intervals = [
-            "Over tasks and seeds, with 95 % stratified bootstrap intervals:",
+            f"Over tasks and seeds{unit}, with 95 % stratified bootstrap intervals:",
             "",
             table(["", "FPO", "PPO"], aggregate_rows),
         ]
     plot_curves(runs, figure)
     n_steps = {result["steps"] for task in runs.values() for results in task.values() for result in results}
+    n_envs = {
+        algo: sorted({result["hyperparameters"].get("n_envs", 1) for task in runs.values() for result in task[algo]})
+        for algo in ALGOS
+    }
+    environments = ", ".join(f"{algo.upper()} {' or '.join(map(str, numbers))}" for algo, numbers in n_envs.items())
     return "\n".join(
         [
             title,
@@ -161,11 +184,13 @@ def section(title: str, runs: Runs, scale: float, figure: Path) -> str:
             "",
             f"{', '.join(f'{n:,}' for n in sorted(n_steps))} steps. Deterministic return (FPO: from zero noise, PPO: of the",
             f"mean action) over {N_EVAL_EPISODES} episodes at the end, mean ± standard deviation over seeds. Steps per second",
-            "are those of the training, one thread; other runs shared the machine.",
+            "are those of the training, with one thread, while other runs shared the machine; environments at once:",
+            f"{environments}.",
             "",
             table(header, rows),
             f"FPO is ahead on {wins} of {len(runs)} tasks. With actions that are sampled it has "
-            f"{fpo_stochastic / ppo_stochastic:.2f} times PPO's mean, and is ahead on {stochastic_wins}.",
+            f"{stochastic_ratio:.2f} times PPO's return{' (mean over tasks)' if relative else ''}, "
+            f"and is ahead on {stochastic_wins}.",
             "",
             *intervals,
             f".. image:: ../../{figure.relative_to(ROOT)}",
@@ -182,17 +207,18 @@ def main() -> None:
     dmc, mujoco = load(DMC), load(MUJOCO)
     sections = []
     if dmc:
-        sections += [section("DeepMind Control", dmc, 1000.0, RESULTS / "dmc.png")]
+        sections += [section("DeepMind Control", dmc, False, RESULTS / "dmc.png")]
         sections += [
             f"The paper has {PAPER_RATIO} times the mean of tuned PPO and {PAPER_WINS} of 10 tasks ahead, with FPO's actions\n"
             "sampled, 60 million steps of another simulator, 2048 environments and 5 seeds.\n"
         ]
     if mujoco:
-        sections += [section("MuJoCo", mujoco, 1.0, RESULTS / "mujoco.png")]
+        sections += [section("MuJoCo", mujoco, True, RESULTS / "mujoco.png")]
     if not dmc and not mujoco:
         parser.error("no task has results of both algorithms, with the same seed and the hyperparameters of now")
     results = [result for task in [*dmc.values(), *mujoco.values()] for runs in task.values() for result in runs]
     versions, hardware = results[0]["versions"], sorted({result["hardware"] for result in results})
+    n_dirty = sum(result["commit"].endswith("-dirty") for result in results)
     page = "\n".join(
         [
             ".. Made by benchmarks/report.py: change it there",
@@ -217,7 +243,8 @@ def main() -> None:
             "    python benchmarks/dmc.py --jobs 2",
             "    python benchmarks/report.py",
             "",
-            "Raw results, with curves, commands and commits: ``benchmarks/results/dmc``. "
+            f"Raw results of the {len(results)} runs, with curves, commands and commits ({n_dirty} with changes that were\n"
+            "not committed, ``-dirty``): ``benchmarks/results/dmc``. "
             + ", ".join(f"{name} {number}" for name, number in versions.items())
             + f"; {'; '.join(hardware)}.",
             "",

@@ -1,5 +1,6 @@
 """Runs of the learning benchmarks: each is one `sb3-flow train` in a process of its own, then its evaluation."""
 
+import json
 import os
 import platform
 import subprocess
@@ -32,10 +33,11 @@ def run_jobs(jobs: Iterable[Job], n_jobs: int, logs: Path) -> None:
     :param jobs: With which arguments
     :param n_jobs: How many at the same time
     :param logs: Folder for their output
+    :raises RuntimeError: at the end, if some failed
     """
     logs.mkdir(parents=True, exist_ok=True)
 
-    def run(job: Job) -> None:
+    def run(job: Job) -> bool:
         log = logs / f"{job.name}.log"
         with open(log, "w") as output:
             process = subprocess.run(
@@ -45,9 +47,20 @@ def run_jobs(jobs: Iterable[Job], n_jobs: int, logs: Path) -> None:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         print(f"{job.name}: {f'failed, see {log}' if process.returncode else 'done'}", flush=True)
+        return process.returncode == 0
 
     with ThreadPoolExecutor(n_jobs) as pool:
-        list(pool.map(run, jobs))
+        done = list(pool.map(run, jobs))
+    if not all(done):
+        raise RuntimeError(f"{done.count(False)} of {len(done)} runs failed")
+
+
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """A result is there as a whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result) + "\n")
+    unfinished.replace(file)
 
 
 def provenance() -> dict[str, Any]:
@@ -87,7 +100,7 @@ def train_and_evaluate(
     :param log_folder: of this run alone
     :param n_eval_episodes: Number of episodes of each of the final evaluations, from zero noise and stochastic
     :param train_arguments: further ones for `sb3-flow train`
-    :return: evaluations, learning curves, hyperparameters
+    :return: evaluations, learning curves, hyperparameters, and where they are from
     """
     import torch as th
     from rl_zoo3.utils import get_latest_run_id
@@ -98,6 +111,8 @@ def train_and_evaluate(
     from sb3_flow.zoo.evaluate import evaluate
 
     th.set_num_threads(1)
+    # Of the code that is run, whatever becomes of the checkout meanwhile
+    source = provenance()
     log_folder.mkdir(parents=True, exist_ok=True)
     conf_file = log_folder / "hyperparams.yml"
     conf_file.write_text(yaml.safe_dump({env_id: hyperparameters}))
@@ -131,4 +146,5 @@ def train_and_evaluate(
         training_curve=[[int(bin_ * BIN + BIN // 2), float(returns[bins == bin_].mean())] for bin_ in np.unique(bins)],
         deterministic_curve=during,
         hyperparameters=hyperparameters,
+        **source,
     )

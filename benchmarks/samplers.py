@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from learning import provenance
+from runs import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "samplers"

@@ -4,8 +4,9 @@ Tune the hyperparameters that the DMC tasks share, with Optuna: `python benchmar
 A trial is one run on each of some tasks, 250,000 steps each, and its value their mean deterministic return. It is pruned
 after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both, and the
 first trial of each has the hyperparameters of now. The study is in a journal file: further calls, at the same time or
-later, go on with it. The trials are left in benchmarks/results/tuning/ALGO.csv. (Those that are there are of this file at
-commit abea70b, whose FPO had one ratio for each transition, timesteps of the grid and another entropy.)
+later, go on with it, and repeat the trials of those that were killed. The trials are left in
+benchmarks/results/tuning/ALGO.csv. (Those that are there are of this file at commit abea70b, whose FPO had one ratio for
+each transition, timesteps of the grid and another entropy.)
 """
 
 import argparse
@@ -15,9 +16,9 @@ from typing import Any
 
 import optuna
 from dmc import ALGOS
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from runs import ROOT, Job, run_jobs, train_and_evaluate
+
+from sb3_flow.zoo.shared_study import open_storage
 
 RESULTS = ROOT / "benchmarks" / "results" / "tuning"
 #: Those of the ten that learn something in so few steps, and what is known to be different for them
@@ -129,7 +130,7 @@ def main() -> None:
     args.logs.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=args.algo,
-        storage=JournalStorage(JournalFileBackend(str(args.logs / "journal.log"))),
+        storage=open_storage(str(args.logs / "journal.log")),
         direction="maximize",
         sampler=optuna.samplers.TPESampler(n_startup_trials=6, multivariate=True, constant_liar=True),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4),

@@ -1,0 +1,96 @@
+"""What the benchmarks make of the results that runs have left."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
+pytest.importorskip("rliable", reason='needs pip install "sb3-flow[plots]"')
+
+import dmc
+import report
+import runs
+
+TASKS = ["Hopper-v5", "Ant-v5"]
+
+
+def leave_result(algo, env_id, seed, mean_return, steps=dmc.STEPS, **kwargs):
+    result = dict(
+        algo=algo,
+        env=env_id,
+        seed=seed,
+        steps=steps,
+        hyperparameters=dmc.hyperparameters(algo, env_id),
+        deterministic=dict(mean_return=mean_return),
+        stochastic=dict(mean_return=mean_return / 2),
+        train_seconds=100.0,
+        training_curve=[[5000, 0.0], [15_000, mean_return]],
+    )
+    runs.write_result(dmc.result_file(algo, env_id, seed, steps), result | kwargs)
+
+
+@pytest.fixture(autouse=True)
+def results(monkeypatch, tmp_path):
+    for module in (dmc, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_run_is_done_once(results):
+    """A run is not repeated, unless it was one of other hyperparameters or of other steps."""
+    assert not dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
+    leave_result("fpo", "Hopper-v5", 0, 1.0)
+    assert dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
+    assert not dmc.is_done("fpo", "Hopper-v5", 1, dmc.STEPS) and not dmc.is_done("ppo", "Hopper-v5", 0, dmc.STEPS)
+    # A shorter one is not taken for it, and leaves it alone
+    leave_result("fpo", "Hopper-v5", 0, 2.0, steps=1000)
+    assert dmc.is_done("fpo", "Hopper-v5", 0, 1000)
+    assert json.loads((results / "Hopper-v5-fpo-seed0.json").read_text())["deterministic"]["mean_return"] == 1.0
+    leave_result("fpo", "Hopper-v5", 0, 1.0, hyperparameters={})
+    assert not dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
+
+
+def test_result_is_whole_or_not_there(results):
+    class Unserialisable:
+        pass
+
+    leave_result("fpo", "Hopper-v5", 0, 1.0)
+    with pytest.raises(TypeError):
+        leave_result("fpo", "Hopper-v5", 0, Unserialisable())
+    assert dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
+
+
+def test_failed_runs_are_told(tmp_path, capsys):
+    jobs = [runs.Job("good", ["-c", "print('hello')"]), runs.Job("bad", ["-c", "raise SystemExit(3)"])]
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed"):
+        runs.run_jobs(jobs, 2, tmp_path)
+    out = capsys.readouterr().out
+    assert "good: done" in out and "bad: failed" in out and (tmp_path / "good.log").read_text() == "hello\n"
+
+
+def test_report(monkeypatch, tmp_path):
+    """Seeds that both algorithms have, of the hyperparameters and steps of now; tasks of different scales count the same."""
+    for seed, (fpo, ppo) in enumerate([(200.0, 100.0), (400.0, 200.0), (600.0, 300.0)]):
+        leave_result("fpo", "Hopper-v5", seed, fpo)
+        leave_result("ppo", "Hopper-v5", seed, ppo)
+        leave_result("fpo", "Ant-v5", seed, 10 * ppo)
+        leave_result("ppo", "Ant-v5", seed, 10 * fpo)
+    leave_result("fpo", "Hopper-v5", 3, 1e6)
+    leave_result("ppo", "Hopper-v5", 4, 1e6, hyperparameters={})
+    leave_result("fpo", "Hopper-v5", 4, 1e6)
+    leave_result("ppo", "Hopper-v5", 5, 1e6, steps=1000)
+    leave_result("fpo", "Hopper-v5", 5, 1e6, steps=1000)
+    loaded = report.load(TASKS)
+    assert [result["seed"] for result in loaded["Hopper-v5"]["fpo"]] == [0, 1, 2]
+    estimates = report.aggregates(loaded, relative=True)
+    assert estimates["ppo"]["mean"][0] == pytest.approx(1) and estimates["fpo"]["mean"][0] == pytest.approx(1.25)
+    low, high = estimates["fpo"]["mean"][1:]
+    assert low < 1.25 < high
+    # (of the returns themselves, Ant would decide)
+    assert report.aggregates(loaded, relative=False)["fpo"]["mean"][0] == pytest.approx(np.mean([400, 2000]))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    page = report.section("MuJoCo", loaded, True, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "FPO is ahead on 1 of 2 tasks" in page and "**1.25**" in page and "400 ± 163" in page
+    assert "FPO 16, PPO 1" in page
