@@ -6,8 +6,8 @@ action) and 20 stochastic ones. It leaves a JSON file in benchmarks/results/dmc;
 that an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --seeds, --jobs).
 `python benchmarks/report.py` makes tables and figures of the files.
 
-FPO has the hyperparameters of hyperparams/fpo.yml. PPO has those of benchmarks/ppo.yml on the DMC tasks, tuned as FPO's were
-(see tune.py), and those of rl-zoo3 on the MuJoCo tasks.
+FPO has the hyperparameters of hyperparams/fpo.yml. PPO has those of benchmarks/ppo.yml on the DMC tasks, from a search as
+FPO's were (tune.py) and fewer runs by hand, and those of rl-zoo3 on the MuJoCo tasks.
 """
 
 import argparse

@@ -214,6 +214,10 @@ def main() -> None:
         ]
     if mujoco:
         sections += [section("MuJoCo", mujoco, True, RESULTS / "mujoco.png")]
+        sections += [
+            "PPO with the environments, rollouts and networks of FPO is another opponent than that of rl-zoo3: see the results\n"
+            "of 300,000 steps in :doc:`../modules/fpo`.\n"
+        ]
     if not dmc and not mujoco:
         parser.error("no task has results of both algorithms, with the same seed and the hyperparameters of now")
     results = [result for task in [*dmc.values(), *mujoco.values()] for runs in task.values() for result in runs]
