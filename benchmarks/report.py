@@ -215,8 +215,8 @@ def main() -> None:
     if mujoco:
         sections += [section("MuJoCo", mujoco, True, RESULTS / "mujoco.png")]
         sections += [
-            "PPO with the environments, rollouts and networks of FPO is another opponent than that of rl-zoo3: see the results\n"
-            "of 300,000 steps in :doc:`../modules/fpo`.\n"
+            "PPO with the environments, rollouts and networks of FPO is another opponent than that of rl-zoo3: see the\n"
+            "results of 300,000 steps in :doc:`../modules/fpo`.\n"
         ]
     if not dmc and not mujoco:
         parser.error("no task has results of both algorithms, with the same seed and the hyperparameters of now")
