@@ -13,7 +13,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from dmc import ALGOS, DMC, MUJOCO, RESULTS, is_current
+from dmc import ALGOS, DMC, MUJOCO, RESULTS, STEPS, is_current
+from learning import RESULTS as LEARNING_RESULTS
 from rliable import library, metrics
 from runs import N_EVAL_EPISODES, ROOT
 
@@ -52,6 +53,24 @@ def tuned_by_hand(tasks: list[str]) -> str:
         rows = [row for row in csv.DictReader(file) if row["env"] in tasks]
     envs = {algo: [row["env"] for row in rows if row["algo"] == algo] for algo in ALGOS}
     return ", ".join(f"{len(runs)} of {algo.upper()} on {len(set(runs))} tasks" for algo, runs in envs.items() if runs)
+
+
+def same_geometry(tasks: list[str]) -> str:
+    """What learning.py has left of PPO with FPO's geometry, on the tasks where rl-zoo3's PPO has one of its own."""
+    parts = []
+    for env_id in tasks:
+        files = sorted(LEARNING_RESULTS.glob(f"{env_id}-{STEPS}-ppo-narrow-seed*.json"))
+        if files:
+            results = [json.loads(file.read_text()) for file in files]
+            seeds = ", ".join(str(result["seed"]) for result in results)
+            values = f"{spread(returns(results))}, sampled {spread(returns(results, 'stochastic'))}"
+            parts.append(f"{env_id} {values} (seeds {seeds})")
+    return (
+        "PPO with the environments, rollouts, networks and width of exploration of FPO is another opponent than that of\n"
+        f"rl-zoo3. With {STEPS:,} steps it has: {'; '.join(parts)}\n"
+        f"(``python benchmarks/learning.py --env ENV --steps {STEPS} --settings ppo-narrow``). HalfCheetah-v5 with 300,000\n"
+        "steps: :doc:`../modules/fpo`.\n"
+    )
 
 
 def returns(results: list[dict[str, Any]], kind: str = "deterministic") -> np.ndarray:
@@ -214,10 +233,7 @@ def main() -> None:
         ]
     if mujoco:
         sections += [section("MuJoCo", mujoco, True, RESULTS / "mujoco.png")]
-        sections += [
-            "PPO with the environments, rollouts and networks of FPO is another opponent than that of rl-zoo3: see the\n"
-            "results of 300,000 steps in :doc:`../modules/fpo`.\n"
-        ]
+        sections += [same_geometry(list(mujoco))]
     if not dmc and not mujoco:
         parser.error("no task has results of both algorithms, with the same seed and the hyperparameters of now")
     results = [result for task in [*dmc.values(), *mujoco.values()] for runs in task.values() for result in runs]
