@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from runs import provenance
+from runs import provenance, write_result
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gridworld"
@@ -101,8 +101,7 @@ def run(setting: str, seed: int, logs: Path) -> None:
         command=f"python benchmarks/gridworld.py --settings {setting} --seeds {seed}",
         **provenance(),
     )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result_file(setting, seed).write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result_file(setting, seed), result)
 
 
 def first_step(curve: list, wanted) -> int | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from runs import provenance
+from runs import provenance, write_result
 
 RESULTS = Path(__file__).parent / "results" / "offline_to_online"
 N_EVAL_EPISODES = 20
@@ -98,8 +98,7 @@ def run(env_id: str, seed: int, settings: dict, logs: Path, file: Path) -> None:
     )
     options = " ".join(f"--{key.replace('_', '-')} {_argument(value)}" for key, value in settings.items())
     result["command"] = f"python benchmarks/offline_to_online.py --env {env_id} --seeds {seed} {options}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**result, **provenance()}, indent=1) + "\n")
+    write_result(file, {**result, **provenance()})
 
 
 def _argument(value) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from runs import provenance
+from runs import provenance, write_result
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "samplers"
@@ -110,8 +110,7 @@ def run(env_id: str, seed: int, timesteps: int, logs: Path) -> None:
         command=f"python benchmarks/samplers.py --tasks {env_id} --seeds {seed} --steps {timesteps}",
         **provenance(),
     )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result_file(env_id, seed).write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result_file(env_id, seed), result)
 
 
 def count_evaluations(policy, observations: np.ndarray) -> int:
@@ -161,7 +160,7 @@ def retime(env_id: str, seed: int, logs: Path) -> None:
     for row in result["rows"]:
         model.policy.set_sampler(row["sampler"], row["n_flow_steps"])
         row["ms"] = time_predict(model, observations)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(file, result)
 
 
 def read(env_id: str) -> list[dict]:

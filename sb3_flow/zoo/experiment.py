@@ -153,14 +153,14 @@ class FlowExperimentManager(ExperimentManager):
                 path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
-        if self.optimize_hyperparameters and self.n_evaluations is None:
+        offline_steps = hyperparams.get("offline_steps", 0)
+        if offline_steps and self.optimize_hyperparameters and self.n_evaluations is None:
             # As rl-zoo3, one every 100,000 timesteps, but of both phases
             n_timesteps = self.n_timesteps if self.n_timesteps > 0 else int(hyperparams["n_timesteps"])
-            self.n_evaluations = max(1, (hyperparams.get("offline_steps", 0) + n_timesteps) // 100_000)
+            self.n_evaluations = max(1, (offline_steps + n_timesteps) // 100_000)
         processed = super()._preprocess_hyperparams(hyperparams)
         if self.resumed_timesteps:
             # Those of an offline phase, gradient steps, come on top of what is to be learned online
-            offline_steps = hyperparams.get("offline_steps", 0)
             total = offline_steps + self.n_timesteps
             print(f"Resuming {self.save_path} after {self.resumed_timesteps} of {total} timesteps")
             self.n_timesteps = min(max(total - self.resumed_timesteps, 0), self.n_timesteps)
