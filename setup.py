@@ -17,7 +17,7 @@ extras = {
     "offline": ["ogbench>=1.2,<2", "minari[hdf5]>=0.5.4", "h5py", "pillow"],
     "plots": ["matplotlib", "rl_zoo3[plots]>=2.9.0,<3"],
     "docs": ["sphinx>=7", "furo"],
-    "tests": ["pytest", "pytest-xdist", "ruff", "black", "mypy", "tensorboard"],
+    "tests": ["pytest", "pytest-xdist", "hypothesis", "ruff", "black", "mypy", "tensorboard"],
 }
 extras["all"] = sorted({requirement for name in extras for requirement in extras[name]})
 
