@@ -6,8 +6,8 @@ or episodes, tables, and SB3's replay buffers, in one structure. What their arra
 Nothing that is loaded is ever executed: pickles, and pickled arrays in ``.npz`` files, are read only if the caller says
 ``allow_pickle=True``.
 
-Loading arrays from files needs no more than 1.1 times the memory of what they become, and, while it is read, one chunk of an
-HDF5 file (two if the observations of the following rows become the next observations). Where several datasets or episodes
+Loading arrays from files needs no more than 1.1 times the memory of what they become, and, of an HDF5 file with chunks of
+more than a MB, one chunk. Where several datasets or episodes
 are concatenated, the largest of them is held twice for a moment. OGBench's environment of the task, up to some hundred MB,
 is made and freed before.
 """
@@ -111,7 +111,7 @@ def load_ogbench(name: str, path: str | Path | None = None, need_rewards: bool =
         dones, rewards = np.zeros_like(ends), np.zeros(len(ends), dtype=np.float32)
         if file_name != name:
             # The states of the simulator tell where the task is solved, for which no images are needed
-            states = {key: np.asarray(arrays[key]) for key in ("qpos", "button_states") if key in arrays}
+            states: dict[str, Any] = {key: np.asarray(arrays[key]) for key in ("qpos", "button_states") if key in arrays}
             env = gym.make(env_name.removeprefix("visual-"), **env_kwargs)
             relabel_dataset(env_name, env, states)
             env.close()
@@ -270,6 +270,7 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
         return {"": data}, False
     inner = data.get("data")
     if _has_actions(inner):
+        assert inner is not None
         return {"data": {**inner, **(data["meta"] if isinstance(data.get("meta"), Mapping) else {})}}, False
     for prefix, groups in (("data/", inner), ("", data)):
         if isinstance(groups, Mapping):

@@ -81,7 +81,7 @@ NAMES = (
         "dones",
         ("dones", "done", "terminal", "next.done"),
         "The episode terminated, unless it was truncated. Beside terminated, terminals or masks, it ended. Beside "
-        "episode_ends, or in a file with a group for each episode, there is nothing to bootstrap from, but the rows may go on.",
+        "episode_ends, or in a file with a group for each episode, nothing is bootstrapped from, and the rows may go on.",
         "SB3, gym, CleanRL, robomimic, imitation, hil-serl, LeRobot",
     ),
     Names("success", ("next.success",), "Beside next.done: a 0 tells that the episode did not terminate.", "LeRobot"),
@@ -231,7 +231,7 @@ def _is_needed(name: str) -> bool:
 
 
 def _names(data: Mapping[Any, Any]) -> dict[str, Any]:
-    """Arrays and groups by name: "next.done" is ``data["next"]["done"]``, ``data["next/done"]`` or ``data["next", "done"]``."""
+    """What is in a dataset: "next.done" is ``data["next"]["done"]``, ``data["next/done"]`` or ``data["next", "done"]``."""
     named: dict[str, Any] = {}
     for key, value in data.items():
         *groups, name = map(str, key) if isinstance(key, tuple) else str(key).split("/")
@@ -247,8 +247,11 @@ def _names(data: Mapping[Any, Any]) -> dict[str, Any]:
         if f"next.{name}" in named:
             # It is about the state that the step starts from
             named.pop(name, None)
-    limits = [limits for name in ("infos", "info", "env_infos") if (limits := _time_limits(named.get(name))) is not None]
-    return named | {_TIME_LIMIT: values for values in limits}
+    for name in ("infos", "info", "env_infos"):
+        limits = _time_limits(named.get(name))
+        if limits is not None:
+            named[_TIME_LIMIT] = limits
+    return named
 
 
 def _time_limits(infos: Any) -> Any:
@@ -297,12 +300,12 @@ def _as_observations(name: str, value: Any) -> Any:
     """An array, or a dictionary of the arrays of all levels of nested ones."""
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
         if len(value) and isinstance(value[0], Mapping):
-            value = stack(name, value)
+            value = stack(name, list(value))
     if not isinstance(value, Mapping):
         return value
     if not value:
         raise ValueError(f"{name} is an empty dictionary")
-    result = {}
+    result: dict[str, Any] = {}
     for key, part in value.items():
         inner = _as_observations(f"{name}[{key!r}]", part)
         result |= {f"{key}.{rest}": array for rest, array in inner.items()} if isinstance(inner, dict) else {str(key): inner}
@@ -322,7 +325,7 @@ def stack(name: str, rows: Sequence[Any]) -> Any:
         if not isinstance(row, Mapping) or set(row) != set(rows[0]):
             there = ", ".join(map(repr, row)) if isinstance(row, Mapping) else f"a {type(row).__name__}"
             raise ValueError(f"{name}, row {number}: it has {there}, row 0 has {', '.join(map(repr, rows[0]))}")
-    result = {}
+    result: dict[Any, Any] = {}
     for key in rows[0]:
         values = [row[key] for row in rows]
         result[key] = stack(f"{name}[{key!r}]", values) if _is_needed(str(key)) else values
@@ -461,8 +464,8 @@ class _Flags:
             warnings.warn("No flags say where episodes terminated: all of them are taken as truncated", DatasetWarning)
         elif not has_next and set(self._flags) == {"terminated"}:
             warnings.warn(
-                f"Beside {self._names['terminated']!r} there are neither next observations nor flags of truncated episodes: an "
-                "episode that was truncated would be taken as one with the next",
+                f"Beside {self._names['terminated']!r} there are neither next observations nor flags of truncated episodes: "
+                "an episode that was truncated would be taken as one with the next",
                 DatasetWarning,
             )
 

@@ -2,8 +2,8 @@
 Transitions: what all offline datasets become.
 
 The arrays of a dataset are held once, in single precision. While they are read from a file, converted and checked,
-no more than a tenth of their memory is needed beside them: all of that goes by blocks of rows. Blocks of an HDF5 file are
-whole chunks, however large these are: a chunk is decompressed once.
+no more than a tenth of their memory is needed beside them: all of that goes by blocks of rows. A chunk of an HDF5
+file is read as a whole, however large it is.
 """
 
 import warnings
@@ -166,8 +166,8 @@ def as_source(name: str, source: Any) -> Any:
             source = _stack_rows(name, source)
     elif source.dtype.hasobject and hasattr(source, "blocks"):
         raise ValueError(
-            f"{name} must be numbers, not object: it is pickled, which can run any code when it is loaded. Save it as numbers, "
-            "or trust it with `allow_pickle=True`"
+            f"{name} must be numbers, not object: it is pickled, which can run any code when it is loaded. Save it as "
+            "numbers, or trust it with `allow_pickle=True`"
         )
     if len(source.shape) == 0:
         raise ValueError(f"{name} must be an array with a row for each transition, not {source[()]!r}")
@@ -257,14 +257,20 @@ def check_lengths(lengths: Mapping[str, int], hint: str = "") -> None:
 def blocks(source: Any) -> Iterator[tuple[int, np.ndarray]]:
     """
     :param source: array, or what can be sliced like one, or has an iterator ``blocks(n_rows)`` of its own
-    :return: iterator of the first row, and the rows, of blocks of a MB, or of whole chunks of an HDF5 file
+    :return: iterator of the first row, and the rows, of blocks of a MB
     """
     n_rows = max(1, BLOCK_SIZE // max(1, int(np.prod(source.shape[1:])) * source.dtype.itemsize))
     if hasattr(source, "blocks"):
         yield from source.blocks(n_rows)
         return
-    chunk = (getattr(source, "chunks", None) or (1,))[0]
-    n_rows = -(-n_rows // chunk) * chunk
+    if _is_in_file(source):
+        # Whole chunks of HDF5 at once, as it decompresses the whole chunk for any of its rows
+        chunk = (source.chunks or (1,))[0]
+        n_chunk_rows = -(-n_rows // chunk) * chunk
+        for start in range(0, len(source), n_chunk_rows):
+            for first, rows in blocks(source[start : start + n_chunk_rows]):
+                yield start + first, rows
+        return
     for start in range(0, len(source), n_rows):
         yield start, source[start : start + n_rows]
 
