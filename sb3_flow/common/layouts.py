@@ -127,6 +127,8 @@ NAMES = (
 
 _ROWS = {name.lower(): row for row in NAMES for name in row.names}
 _OBSERVATIONS = ("observations", "next_observations")
+# Flags of the state that a step starts from, where there are those of the next one
+_OF_THE_START = ("done", "terminated", "truncated")
 _TIME_LIMIT = "TimeLimit.truncated"
 
 _LOOKS_LIKE_FLAG = re.compile(
@@ -243,10 +245,8 @@ def _names(data: Mapping[Any, Any]) -> dict[str, Any]:
         inside[name] = value
     if isinstance(named.get("next"), Mapping):
         named |= {f"next.{name}": value for name, value in named.pop("next").items()}
-    for name in ("done", "terminated", "truncated"):
-        if f"next.{name}" in named:
-            # It is about the state that the step starts from
-            named.pop(name, None)
+    if any(f"next.{name}" in named for name in _OF_THE_START):
+        named = {name: value for name, value in named.items() if name not in _OF_THE_START}
     for name in ("infos", "info", "env_infos"):
         limits = _time_limits(named.get(name))
         if limits is not None:
@@ -448,8 +448,8 @@ class _Flags:
         assert ends is not None
         if set(flags) <= {"terminals", "last"}:
             self.ambiguous = self._names["terminals"]
-        if self._names.get("ends") == "is_last" and arrays["next_observations"] is None:
-            last = flags["ends"]
+        if self._names[role] == "is_terminal" and arrays["next_observations"] is None:
+            last = ends
             if not np.any(np.asarray(arrays["actions"])[last]) and not np.any(np.asarray(arrays["rewards"])[last]):
                 # Of RLDS: only the observation counts, and it is the row before that leads to it
                 terminated = np.append(terminated[1:] & last[1:], False) & ~last
@@ -481,11 +481,11 @@ class _Flags:
     # Readers
 
     def _read(self, name: str, value: Any) -> np.ndarray:
-        flags = read_flags(name, value)
-        if len(flags) == 1 != self.n:
+        if np.ndim(value) == 0 and not isinstance(value, Mapping):
             # One for the whole episode
             self._is_episode = True
-            flags = np.append(np.zeros(self.n - 1, dtype=bool), flags)
+            value = [0] * (self.n - 1) + [value[()] if hasattr(value, "read_direct") else value]
+        flags = read_flags(name, value)
         splits = self._flags.get("splits")
         if splits is not None and len(flags) == np.count_nonzero(splits) != self.n:
             # One for each episode
@@ -510,7 +510,7 @@ class _Flags:
 
     def _read_splits(self, name: str, value: Any) -> np.ndarray:
         counts = np.append(read_column(name, value), self.n)
-        if counts.dtype.kind not in "iu" or not ((counts > 0) & (counts <= self.n)).all() or not (np.diff(counts) > 0).all():
+        if counts.dtype.kind not in "iuf" or not (np.diff(np.append(0, counts)) > 0).all():
             raise ValueError(f"{name!r} must be numbers of rows, each larger than the one before, up to {self.n}")
         return self._at(counts - 1)
 
