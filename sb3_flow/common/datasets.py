@@ -309,12 +309,17 @@ def _natural_order(name: str) -> list[Any]:
 
 
 def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool, need_rewards: bool) -> Transitions:
-    transitions, ambiguous = [], []
+    transitions, ambiguous, final = [], [], set()
     for name, part in parts.items():
         with _naming(name):
             recognised = recognise(part, are_episodes, need_rewards)
-            transitions.append(Transitions.from_arrays(**recognised.arrays))
             ambiguous.append(recognised.ambiguous)
+            final.add(recognised.has_final_observations)
+            if {True, False} <= final:
+                raise ValueError(
+                    "either all episodes have one observation more than actions, or none: this one is not like others"
+                )
+            transitions.append(Transitions.from_arrays(**recognised.arrays))
     result = transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
     if need_rewards and ambiguous[0] and all(ambiguous):
         _warn_if_each_end_is_done(result, ambiguous[0])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sb3_flow.common.transitions import DatasetWarning, as_source, check_lengths, read_column, read_flags
+from sb3_flow.common.transitions import DatasetWarning, as_source, check_lengths, named_arrays, read_column, read_flags
 
 
 class Names(NamedTuple):
@@ -94,7 +94,7 @@ NAMES = (
     Names(
         "discounts",
         ("discount", "discounts"),
-        "Like masks, if they are 0 or 1 and nothing else says where episodes terminate.",
+        "Like masks, if they are 0 and 1 and nothing else says where episodes terminate.",
         "RLDS, dm_env",
     ),
     Names(
@@ -149,6 +149,14 @@ class Recognised(NamedTuple):
 
     arrays: dict[str, Any]
     ambiguous: str | None
+
+    @property
+    def has_final_observations(self) -> bool | None:
+        """Whether there are more observations than actions. None if next observations make that unnecessary."""
+        if self.arrays["next_observations"] is not None:
+            return None
+        (_, observations), *_ = named_arrays("observations", self.arrays["observations"])
+        return len(observations) > len(self.arrays["actions"])
 
 
 def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: bool = True) -> Recognised:
@@ -498,8 +506,9 @@ class _Flags:
         return flags
 
     def _read_discounts(self, name: str, value: Any) -> np.ndarray | None:
+        # Those that are 1 everywhere may be no more than a habit
         discounts = read_column(name, value)
-        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() else None
+        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() and not discounts.all() else None
 
     def _read_ends(self, name: str, value: Any) -> np.ndarray:
         counts = np.asarray(as_source(name, value))
