@@ -227,7 +227,11 @@ Dataset = str | Path | Transitions | ReplayBuffer | Mapping[str, Any]
 
 
 def load_dataset(
-    dataset: Dataset | Sequence[Dataset], allow_pickle: bool = False, reward_shift: float = 0.0, **kwargs
+    dataset: Dataset | Sequence[Dataset],
+    allow_pickle: bool = False,
+    reward_scale: float = 1.0,
+    reward_shift: float = 0.0,
+    **kwargs,
 ) -> Transitions:
     """
     Load a dataset, or several at once, which are concatenated.
@@ -240,20 +244,54 @@ def load_dataset(
         - the path of the ``.pkl`` file of a replay buffer, with ``allow_pickle=True``
         - a mapping of arrays in memory, a replay buffer, or :class:`Transitions`
     :param allow_pickle: Whether a pickle may be loaded. This runs code from the file: only for files you trust.
-    :param reward_shift: Added to all rewards (-1 for the antmaze datasets of D4RL, as is usual)
+    :param reward_scale: Factor of all rewards
+    :param reward_shift: Added to all rewards after that (-1 for the antmaze datasets of D4RL, as is usual)
     :param kwargs: For the loader of OGBench
     :return: transitions
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is not a dataset, naming what is missing or wrong
     """
+    check_reward_arguments(reward_scale, reward_shift)
     if isinstance(dataset, (list, tuple)):
-        parts = [load_dataset(part, allow_pickle, reward_shift, **kwargs) for part in dataset]
+        parts = [load_dataset(part, allow_pickle, reward_scale, reward_shift, **kwargs) for part in dataset]
         if not parts:
             raise ValueError("`dataset` is an empty list")
         return parts[0] if len(parts) == 1 else _join_and_free(parts)
     transitions = _load(dataset, allow_pickle, kwargs)
+    if reward_scale == 1 and reward_shift == 0:
+        return transitions
     # Not in place: the arrays may be the caller's
-    return replace(transitions, rewards=transitions.rewards + np.float32(reward_shift)) if reward_shift else transitions
+    return replace(transitions, rewards=np.float32(reward_scale) * transitions.rewards + np.float32(reward_shift))
+
+
+def check_reward_arguments(reward_scale: Any = 1.0, reward_shift: Any = 0.0) -> None:
+    """
+    :param reward_scale: See :func:`load_dataset`
+    :param reward_shift: See :func:`load_dataset`
+    :raises ValueError: if one of them is not a finite number
+    """
+    for name, value in (("reward_scale", reward_scale), ("reward_shift", reward_shift)):
+        if not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, it is {value!r}")
+
+
+def dataset_name(dataset: Any) -> str | list[str] | None:
+    """
+    What a dataset can be loaded by again, from any working directory.
+
+    :param dataset: See :func:`load_dataset`
+    :return: the dataset, with absolute paths, or None if some of it is in memory
+    """
+    if isinstance(dataset, (list, tuple)):
+        names = [dataset_name(part) for part in dataset]
+        return None if None in names else names  # type: ignore[return-value]
+    if not isinstance(dataset, (str, Path)):
+        return None
+    name = str(dataset)
+    before, at, path = name.partition("@") if name.startswith("ogbench:") else ("", "", name)
+    if name.startswith("minari:") or not path:
+        return name
+    return f"{before}{at}{Path(path).expanduser().absolute()}"
 
 
 def _join_and_free(parts: list[Transitions]) -> Transitions:
