@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_flow.common.transitions import Observations, Transitions, blocks, map_arrays
+from sb3_flow.common.transitions import Observations, Transitions, map_arrays
 
 
 class OfflineBuffer:
@@ -99,10 +99,10 @@ class OfflineBuffer:
         )
         if env is not None:
             observations, next_observations = (self._normalize(obs, env) for obs in (observations, next_observations))
-        cls = DictReplayBufferSamples if isinstance(observations, dict) else ReplayBufferSamples
-        columns = (None if values is None else values.unsqueeze(1) for values in (self.dones[last], rewards, discounts))
+        cls: Any = DictReplayBufferSamples if isinstance(observations, dict) else ReplayBufferSamples
+        columns = (None if column is None else column.unsqueeze(1) for column in (self.dones[last], rewards, discounts))
         samples = (observations, self.actions[rows], next_observations, *columns)
-        return cls(*(None if values is None else map_arrays(lambda x: x.to(self.device), values) for values in samples))
+        return cls(*(part if part is None else map_arrays(lambda x: x.to(self.device), part) for part in samples))
 
     def _previous_rows(self, rows: th.Tensor) -> list[th.Tensor]:
         """The rows before, the nearest first, as many as are stacked. Negative before the start of an episode."""
@@ -151,22 +151,19 @@ class OfflineBuffer:
         """
         if not env.training or env.ret_rms.count >= 1:
             return
-        sampled = np.ones(len(self.actions), dtype=bool)
-        if self.rows is not None:
-            sampled[:] = False
-            sampled[self.rows.cpu().numpy()] = True
+        sampled = th.arange(len(self.actions), device=self.storage_device) if self.rows is None else self.rows
         if env.norm_obs:
             statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {None: env.obs_rms}
             for key, running in statistics.items():
                 observations: Any = self.observations if key is None else self.observations[key]  # type: ignore[call-overload]
-                for start, rows in blocks(observations.cpu().numpy()):
-                    running.update(rows[sampled[start : start + len(rows)]])
-        discounted, episode_return = np.zeros(len(sampled)), 0.0
+                for rows in sampled.split(1000):
+                    running.update(self._stack(observations, self._previous_rows(rows), observations[rows]).cpu().numpy())
+        discounted, episode_return = np.zeros(len(self.actions)), 0.0
         for row, (reward, end) in enumerate(zip(self.rewards.tolist(), self.episode_ends.tolist(), strict=True)):
             discounted[row] = episode_return = episode_return * env.gamma + reward
             if end:
                 episode_return = 0.0
-        env.ret_rms.update(discounted[sampled])
+        env.ret_rms.update(discounted[sampled.cpu().numpy()])
 
     def _normalize(self, observations: PyTorchObs, env: VecNormalize) -> PyTorchObs:
         arrays = map_arrays(lambda obs: obs.cpu().numpy(), observations)
@@ -205,18 +202,17 @@ def fill_terminal_observations(
     batch: ReplayBufferSamples | DictReplayBufferSamples,
 ) -> ReplayBufferSamples | DictReplayBufferSamples:
     """
-    Nothing is bootstrapped from the next observation of a terminal transition, so that it may hold NaN. In a product with
-    zero that would still be NaN: the observation takes its place.
+    Nothing is bootstrapped from the next observation of a terminal transition, which may be NaN, as its product with zero
+    would be: the observation takes its place.
 
     :param batch: samples
-    :return: samples, whose next observations are finite where they were not but do not count
+    :return: samples
     """
 
     def fill(obs: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         if not next_obs.is_floating_point():
             return next_obs
-        terminal = (batch.dones > 0).view(-1, *[1] * (next_obs.dim() - 1))
-        return th.where(terminal & ~next_obs.isfinite(), obs, next_obs)
+        return th.where((batch.dones > 0).view(-1, *[1] * (next_obs.dim() - 1)), obs, next_obs)
 
     return batch._replace(next_observations=map_arrays(fill, batch.observations, batch.next_observations))
 

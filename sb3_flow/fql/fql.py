@@ -197,6 +197,7 @@ class FQL(OffPolicyAlgorithm):
         self.offline_buffer: OfflineBuffer | None = None
         self.validation_buffer: OfflineBuffer | None = None
         self._has_dataset = False
+        self._has_default_replay_buffer = replay_buffer_class is None
         self._n_offline_updates = 0
         self._steps_after_offline = 0
 
@@ -224,9 +225,12 @@ class FQL(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        if self.replay_buffer_class is NStepReplayBuffer and 1 < self.n_steps == self.replay_buffer_kwargs.get("n_steps"):
-            # Chosen for `n_steps`, before the model was saved: it follows `gamma`, which may be another when it is loaded
+        if self._has_default_replay_buffer and self.replay_buffer_class is NStepReplayBuffer:
+            # Chosen before the model was saved: `n_steps` and `gamma` may be others when it is loaded
             self.replay_buffer_class = None
+            self.replay_buffer_kwargs = {
+                name: value for name, value in self.replay_buffer_kwargs.items() if name not in ("n_steps", "gamma")
+            }
         super()._setup_model()
         self._create_aliases()
         # Running mean and running var
@@ -266,9 +270,11 @@ class FQL(OffPolicyAlgorithm):
         :param kwargs: Keyword arguments to pass to :func:`sb3_flow.common.datasets.load_dataset`
         :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
         """
+        # The task is the same with another dataset
         kwargs = {name: value for name, value in self.dataset_kwargs.items() if name in REWARD_ARGUMENTS} | kwargs
         options = dict(clip_actions=clip_actions, device=device) | kwargs
         buffer, validation_buffer = self._load_buffer(dataset, **options), None
+        remembered: Any = validation
         if isinstance(validation, (int, float, np.number)):
             if not 0 < validation < 1:
                 raise ValueError(f"`validation` must be a dataset, or a fraction between 0 and 1, it is {validation}")
@@ -278,12 +284,12 @@ class FQL(OffPolicyAlgorithm):
                 validation_buffer = self._load_buffer(validation, **options)
             except ValueError as error:
                 raise ValueError(f"`validation`: {error}") from error
-            validation = dataset_name(validation)
+            remembered = dataset_name(validation)
         self.offline_buffer, self.validation_buffer = buffer, validation_buffer
         self._has_dataset = True
         self.learning_starts = 0
         # Only what can be loaded again is worth remembering
-        self.dataset, self.dataset_kwargs = dataset_name(dataset), dict(validation=validation) | options
+        self.dataset, self.dataset_kwargs = dataset_name(dataset), dict(validation=remembered) | options
 
     def _load_buffer(
         self, dataset: Dataset | list[Dataset], clip_actions: bool, device: th.device | str | None, **kwargs
@@ -314,7 +320,7 @@ class FQL(OffPolicyAlgorithm):
                 self.set_dataset(self.dataset, **self.dataset_kwargs)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"{error}. The model learned from it: load the model with `dataset=` where it is now, "
+                    f"{error}. The model learned from it: load it with `dataset=` where the dataset is now, "
                     "or with `dataset=None` to go on without it"
                 ) from error
 
@@ -546,8 +552,6 @@ class FQL(OffPolicyAlgorithm):
             raise ValueError("There is no dataset: pass `dataset` to the constructor, or call `set_dataset()`")
         if self.env is None:
             raise ValueError("There is no environment: pass `env` to `load()`, or call `set_env()`")
-        if self._vec_normalize_env is not None:
-            self.offline_buffer.fit_normalization(self._vec_normalize_env)
         if progress_bar:
             parts = callback if isinstance(callback, list) else [] if callback is None else [callback]
             callbacks = [part if isinstance(part, BaseCallback) else ConvertCallback(part) for part in parts]
@@ -574,12 +578,6 @@ class FQL(OffPolicyAlgorithm):
         return continue_training
 
     def _setup_learn(self, *args, **kwargs) -> tuple[int, BaseCallback]:
-        has_norm_reward = self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward
-        if has_norm_reward and self._reward_arguments != REWARD_ARGUMENTS:
-            raise ValueError(
-                "`reward_scale` and `reward_shift` are about the rewards of the environment, which `VecNormalize` would "
-                "scale by statistics of its own: make it with `norm_reward=False`"
-            )
         for buffer in (self.offline_buffer, self.replay_buffer):
             if getattr(buffer, "n_steps", 1) > 1:
                 gamma = buffer.gamma  # type: ignore[union-attr]
@@ -587,6 +585,18 @@ class FQL(OffPolicyAlgorithm):
                     raise ValueError(f"`gamma` is {self.gamma}, but {gamma} in the returns of {type(buffer).__name__}")
                 if gamma == 1 and self._reward_arguments["reward_shift"] != 0:
                     raise ValueError("`reward_shift` with returns of several steps needs a `gamma` of less than 1")
+        normalization = self._vec_normalize_env
+        if normalization is not None:
+            assert self.env is not None
+            if normalization.norm_reward and self._reward_arguments != REWARD_ARGUMENTS:
+                raise ValueError(
+                    "`reward_scale` and `reward_shift` are for the rewards of the environment, but `VecNormalize` divides "
+                    "them by their own statistics: make it with `norm_reward=False`"
+                )
+            if unwrap_vec_wrapper(normalization, VecFrameStack) is not unwrap_vec_wrapper(self.env, VecFrameStack):
+                raise ValueError("`VecNormalize` must be around `VecFrameStack`, not inside: what is stored is not normalized")
+            if self.offline_buffer is not None:
+                self.offline_buffer.fit_normalization(normalization)
         return super()._setup_learn(*args, **kwargs)
 
     def _setup_learn_offline(
@@ -639,6 +649,12 @@ class FQL(OffPolicyAlgorithm):
         if self._has_dataset and self.offline_buffer is None:
             warnings.warn(
                 "The model learned from a dataset that is not saved with it: call `set_dataset()` to go on learning from it"
+            )
+        assert self.replay_buffer is not None
+        if total_timesteps > 0 and self._has_dataset and not self.replay_buffer.handle_timeout_termination:
+            warnings.warn(
+                "With `handle_timeout_termination=False` an episode that ends by its time limit is over for what is collected "
+                "online, but not for the dataset"
             )
         offline_steps = self.offline_steps - self._n_offline_updates
         if offline_steps > 0:
