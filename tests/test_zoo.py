@@ -172,7 +172,7 @@ def test_zero_timesteps(monkeypatch, capsys, preset):
     model = FQL.load("logs/fql/Pendulum-v1_1/Pendulum-v1.zip")
     assert model.num_timesteps == model._n_updates == 5
     search = ["--n-trials", 2, "--n-startup-trials", 1, "--no-optim-plots", "--seed", 0]
-    monkeypatch.setattr("sb3_flow.zoo.search_spaces.NET_ARCHS", {"fql": dict.fromkeys(["small", "medium", "large"], [16])})
+    monkeypatch.setattr("sb3_flow.zoo.search_spaces.NET_ARCHS", {"fql": {size: [16] for size in ("small", "medium", "large")}})
     sb3_flow_main(monkeypatch, "optimize", *options, *search, *offline)
     assert "Number of finished trials:  2" in capsys.readouterr().out
     for command in (["train"], ["optimize", *search]):
