@@ -791,6 +791,10 @@ def test_cloning_needs_no_rewards(tmp_path):
         other = make_model(dataset=data | dict(rewards=rewards), dataset_kwargs=clone, alpha=0.0, learning_rate=1e-2)
         other.learn_offline(300)
         assert np.array_equal(other.policy.parameters_to_vector(), model.policy.parameters_to_vector())
+    # What was collected online is not cloned
+    for _ in range(100):
+        model.replay_buffer.add(np.zeros(3), np.zeros(3), np.zeros((1, 1)), np.full(1, 7.0), np.zeros(1), [{}])
+    assert not (model._sample(100).rewards == 7).any()
     # It is of no use online, unless it is left behind
     with pytest.raises(ValueError, match="a dataset is only cloned"):
         model.learn(5)
