@@ -161,6 +161,8 @@ def load_hdf5(path: str | Path, need_rewards: bool = True) -> Transitions:
     except ImportError as error:
         raise _missing("offline", "h5py", error) from error
 
+    if not h5py.is_hdf5(path):
+        raise ValueError(_is_not_a("HDF5", path))
     with h5py.File(path, "r") as file:
         return _from_mapping(file, need_rewards)
 
@@ -174,21 +176,29 @@ def load_npz(path: str | Path, allow_pickle: bool = False, need_rewards: bool = 
     :param need_rewards: Whether there must be rewards
     :return: transitions
     """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(_is_not_a(".npz", path))
     with zipfile.ZipFile(path) as archive:
         return _from_mapping(_npz_arrays(archive, allow_pickle), need_rewards)
 
 
+def _is_not_a(kind: str, path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return f"it is no {kind} file, or not a whole one: it starts with {file.read(20)!r}"
+
+
 def _npz_arrays(archive: zipfile.ZipFile, allow_pickle: bool = False) -> dict[str, Any]:
-    names = [name for name in archive.namelist() if name.endswith(".npy")]
-    arrays = {}
-    for name in names:
+    arrays: dict[str, Any] = {}
+    for name in (name for name in archive.namelist() if name.endswith(".npy")):
         key = name.removesuffix(".npy")
         with _naming(key):
             array = _NpzArray(archive, name, allow_pickle)
-            # A dictionary that was saved as an array is an object of no dimensions
-            read_now = not array.shape or (array.dtype.hasobject and allow_pickle)
-            value: Any = np.asarray(array) if read_now and (allow_pickle or not array.dtype.hasobject) else array
-            arrays[key] = value.item() if read_now and value.dtype == object and not value.shape else value
+            if array.dtype.hasobject and allow_pickle:
+                value = np.asarray(array)
+                # A dictionary that was saved as an array has no dimensions
+                arrays[key] = value if value.shape else value.item()
+            else:
+                arrays[key] = array if array.shape or array.dtype.hasobject else np.asarray(array)
     return arrays
 
 
@@ -275,8 +285,8 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
     for prefix, groups in (("data/", inner), ("", data)):
         if isinstance(groups, Mapping):
             # One without actions is not overlooked
-            kinds = {_NUMBER.sub("", str(name)) for name, group in groups.items() if _has_actions(group)}
-            names = [name for name in groups if _NUMBER.sub("", str(name)) in kinds]
+            kinds = {_NUMBER.sub("#", str(name)) for name, group in groups.items() if _has_actions(group)}
+            names = [name for name in groups if (kind := _NUMBER.sub("#", str(name))) in kinds and kind.endswith("#")]
             if names:
                 return {f"{prefix}{name}": groups[name] for name in sorted(names, key=_natural_order)}, True
     if "columns" in data and "num_episodes" in data:
@@ -290,7 +300,7 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
     raise ValueError(describe(data, [role for role in needed if not any(has_role(str(name), role) for name in data)]))
 
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d+$")
 
 
 def _natural_order(name: str) -> list[Any]:
@@ -299,12 +309,17 @@ def _natural_order(name: str) -> list[Any]:
 
 
 def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool, need_rewards: bool) -> Transitions:
-    transitions, ambiguous = [], []
+    transitions, ambiguous, final = [], [], set()
     for name, part in parts.items():
         with _naming(name):
             recognised = recognise(part, are_episodes, need_rewards)
-            transitions.append(Transitions.from_arrays(**recognised.arrays))
             ambiguous.append(recognised.ambiguous)
+            final.add(recognised.has_final_observations)
+            if {True, False} <= final:
+                raise ValueError(
+                    "either all episodes have one observation more than actions, or none: this one is not like others"
+                )
+            transitions.append(Transitions.from_arrays(**recognised.arrays))
     result = transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
     if need_rewards and ambiguous[0] and all(ambiguous):
         _warn_if_each_end_is_done(result, ambiguous[0])
@@ -490,7 +505,10 @@ def _load_object(dataset: Any, need_rewards: bool) -> Transitions:
         return from_replay_buffer(dataset)
     mapping = _as_mapping(dataset)
     if mapping is None:
-        raise ValueError(f"A dataset cannot be a {type(dataset).__name__}, see sb3_flow.common.datasets.load_dataset")
+        raise ValueError(
+            f"A dataset cannot be a {type(dataset).__name__}: it must be arrays by name (a dictionary), or the file that they "
+            "are in, as sb3_flow.common.datasets.load_dataset explains"
+        )
     return _from_mapping(mapping, need_rewards)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sb3_flow.common.transitions import DatasetWarning, as_source, check_lengths, read_column, read_flags
+from sb3_flow.common.transitions import DatasetWarning, as_source, check_lengths, named_arrays, read_column, read_flags
 
 
 class Names(NamedTuple):
@@ -94,7 +94,7 @@ NAMES = (
     Names(
         "discounts",
         ("discount", "discounts"),
-        "Like masks, if they are 0 or 1 and nothing else says where episodes terminate.",
+        "Like masks, if they are 0 and 1 and nothing else says where episodes terminate.",
         "RLDS, dm_env",
     ),
     Names(
@@ -135,7 +135,7 @@ _LOOKS_LIKE_FLAG = re.compile(
     r"done|termin|trunc|time_?out|time_?limit|absorb|mask|valid|episode|traj|step_?type|discount"
     r"|(^|[^a-z])(ends?|ended|eo[est]|last|first|finals?|starts?|init|resets?|continues?|cont|finish(ed)?|term)([^a-z]|$)"
 )
-_LOOKS_LIKE = {"rewards": re.compile("rew|return|cost"), "next_observations": re.compile("next|new_")}
+_LOOKS_LIKE_NEXT = re.compile("next|new_")
 _CAMEL_CASE = re.compile("(?<=[a-z])(?=[A-Z])")
 
 
@@ -149,6 +149,14 @@ class Recognised(NamedTuple):
 
     arrays: dict[str, Any]
     ambiguous: str | None
+
+    @property
+    def has_final_observations(self) -> bool | None:
+        """Whether there are more observations than actions. None if next observations make that unnecessary."""
+        if self.arrays["next_observations"] is not None:
+            return None
+        (_, observations), *_ = named_arrays("observations", self.arrays["observations"])
+        return len(observations) > len(self.arrays["actions"])
 
 
 def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: bool = True) -> Recognised:
@@ -172,7 +180,7 @@ def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: b
     n = len(actions)
     if n == 0:
         raise ValueError("The dataset is empty")
-    _check_unknown(named, n, dict(rewards=rewards, next_observations=next_observations))
+    _check_unknown(named, n, next_observations is not None)
     if rewards is None:
         if "qpos" in named and "terminals" in named and "masks" not in named:
             named["episode_ends"] = named.pop("terminals")
@@ -197,7 +205,7 @@ def describe(data: Mapping[Any, Any], missing: Sequence[str]) -> str:
     synonyms = ", ".join(name for row in NAMES if row.role in missing for name in row.names if name != row.role)
     return (
         f"it has no {', '.join(map(repr, missing))} (nor {synonyms}), it has {' and '.join(there) or 'nothing'}. They must be "
-        "at the top, or in one group for each episode, at the top or in a group 'data'"
+        "at the top, or in numbered groups, one for each episode, at the top or in a group 'data'"
     )
 
 
@@ -322,9 +330,10 @@ def stack(name: str, rows: Sequence[Any]) -> Any:
     if not isinstance(rows[0], Mapping):
         return list(rows)
     for number, row in enumerate(rows):
-        if not isinstance(row, Mapping) or set(row) != set(rows[0]):
-            there = ", ".join(map(repr, row)) if isinstance(row, Mapping) else f"a {type(row).__name__}"
-            raise ValueError(f"{name}, row {number}: it has {there}, row 0 has {', '.join(map(repr, rows[0]))}")
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{name}, row {number}: it is a {type(row).__name__}, row 0 is a dictionary")
+        for key in set(row) ^ set(rows[0]):
+            raise ValueError(f"{name}, row {number if key in rows[0] else 0}: there is no {key!r}, which other rows have")
     result: dict[Any, Any] = {}
     for key in rows[0]:
         values = [row[key] for row in rows]
@@ -342,7 +351,7 @@ def _n_rows(value: Any) -> int | None:
     return shape[0] if len(shape) else None
 
 
-def _check_unknown(named: Mapping[str, Any], n: int, found: Mapping[str, Any]) -> None:
+def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
     unknown = []
     for name, value in named.items():
         n_rows = _n_rows(value)
@@ -354,9 +363,10 @@ def _check_unknown(named: Mapping[str, Any], n: int, found: Mapping[str, Any]) -
                 f"{name!r} is not known, and looks as if it said where episodes end: name it 'terminated', 'truncated' or "
                 "'episode_ends', as the guide \"Your own data\" explains, or leave it out"
             )
-        for role, pattern in _LOOKS_LIKE.items():
-            if n_rows == n and found[role] is None and pattern.search(words):
-                raise ValueError(f"{name!r} is not known, and looks like {role}: name it {role!r}, or leave it out")
+        if n_rows == n and not has_next and _LOOKS_LIKE_NEXT.search(words):
+            raise ValueError(
+                f"{name!r} is not known, and looks as if it were 'next_observations': name it so, or leave it out"
+            )
         unknown.append(name)
     if unknown:
         warnings.warn(f"Not known, and not read: {', '.join(map(repr, unknown))}", DatasetWarning)
@@ -496,8 +506,9 @@ class _Flags:
         return flags
 
     def _read_discounts(self, name: str, value: Any) -> np.ndarray | None:
+        # Those that are 1 everywhere may be no more than a habit
         discounts = read_column(name, value)
-        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() else None
+        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() and not discounts.all() else None
 
     def _read_ends(self, name: str, value: Any) -> np.ndarray:
         counts = np.asarray(as_source(name, value))
