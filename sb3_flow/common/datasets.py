@@ -419,6 +419,8 @@ def load_dataset(
     :raises ValueError: if it is not a dataset, naming what is missing or wrong
     """
     check_reward_arguments(reward_scale, reward_shift)
+    if {"clip_actions", "device", "validation"} & kwargs.keys():
+        raise ValueError("`clip_actions`, `device` and `validation` are for `set_dataset()` of an algorithm, which has bounds")
     transitions = _load(dataset, allow_pickle, need_rewards, kwargs)
     if len(transitions) == 0:
         raise ValueError("The dataset is empty: no transition has a next observation")
