@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import optuna
 from huggingface_sb3 import EnvironmentName
@@ -21,6 +22,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
+from sb3_flow.zoo.hyperparams import FLATTEN, normalization_for, policy_for, read_conf_file
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
 
@@ -130,6 +132,7 @@ class FlowExperimentManager(ExperimentManager):
 
     def __init__(self, *args, resume: Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.vec_env_class = patches.warned_once(self.vec_env_class)
         self.deterministic_eval = self.deterministic_eval and self.algo not in EVALUATED_WITH_NOISE
         if self.trial_id == 0:
             # rl-zoo3 takes the first trial for none
@@ -144,6 +147,41 @@ class FlowExperimentManager(ExperimentManager):
             n_resumed = len({path.name.split(".")[0] for path in resume.glob("before_*.monitor.csv")})
             for path in resume.glob("[0-9]*.monitor.csv"):
                 path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        The hyperparameters of the environment, else those of its namespace (``default/dm_control``), else the default ones.
+        Observations of dm_control, each a Dict, are flattened.
+        """
+        env_name, blocks = self.env_name, read_conf_file(self.config)
+        namespace = gym.spec(env_name.gym_id).namespace
+        self.has_own_hyperparams = env_name.gym_id in blocks
+        self._is_atari = self._is_atari and "atari" in blocks
+        if not self.has_own_hyperparams and f"default/{namespace}" in blocks:
+            print(f"Using 'default/{namespace}' hyperparameters")
+            self.env_name = EnvironmentName(f"default/{namespace}")
+        try:
+            hyperparams, saved_hyperparams = super().read_hyperparameters()
+        finally:
+            self.env_name = env_name
+        if namespace == "dm_control" and "env_wrapper" not in hyperparams and "Mlp" in hyperparams.get("policy", ""):
+            print(f"Observations of dm_control are flattened: env_wrapper={FLATTEN!r}")
+            hyperparams["env_wrapper"] = saved_hyperparams["env_wrapper"] = FLATTEN
+        return hyperparams, saved_hyperparams
+
+    def _is_default(self, name: str) -> bool:
+        """Whether a hyperparameter was chosen neither for this environment nor for this run."""
+        return not self.has_own_hyperparams and name not in (self.custom_hyperparams or {})
+
+    def _preprocess_action_noise(
+        self, hyperparams: dict[str, Any], saved_hyperparams: dict[str, Any], env: VecEnv
+    ) -> dict[str, Any]:
+        # (here the observations are known for the first time)
+        policy = hyperparams.get("policy")
+        if self._is_default("policy") and isinstance(policy, str) and policy != policy_for(env.observation_space, policy):
+            hyperparams["policy"] = saved_hyperparams["policy"] = policy_for(env.observation_space, policy)
+            print(f"Policy for these observations: {hyperparams['policy']}")
+        return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
         offline_steps = hyperparams.get("offline_steps", 0)
@@ -165,6 +203,8 @@ class FlowExperimentManager(ExperimentManager):
         if statistics is None or statistics.suffix != ".pkl" or not statistics.is_file():
             if self.resumed_timesteps and self.normalize:
                 raise ValueError(f"{self.trained_agent} has no statistics of VecNormalize beside it: it cannot be resumed")
+            if self.normalize and self._is_default("normalize"):
+                self.normalize_kwargs |= normalization_for(env.observation_space)
             return super()._maybe_normalize(env, eval_env)
         env = VecNormalize.load(str(statistics), env)
         if eval_env:

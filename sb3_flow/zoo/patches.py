@@ -5,10 +5,15 @@ One context manager a change, each with its reason. For each, ``tests/test_patch
 when rl-zoo3 changes: a patch that is no longer needed can then go.
 """
 
+import functools
+import hashlib
+import importlib.util
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import rl_zoo3.train
@@ -18,6 +23,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 
 @contextmanager
@@ -137,3 +143,66 @@ def title_of_final_performance() -> AbstractContextManager[None]:
         return set_title("Final performance" if label == "PyBullet envs" else label, *args, **kwargs)
 
     return _replaced(plt, "title", title)
+
+
+def mujoco_warnings_once() -> AbstractContextManager[None]:
+    """
+    ``enjoy`` and ``record_video`` take no class for their environments, whose MuJoCo warnings are to be shown once.
+
+    :return: context manager
+    """
+    make_vec_env = rl_zoo3.utils.make_vec_env
+
+    def make_vec_env_warned_once(*args, vec_env_cls: type[VecEnv] | None = None, **kwargs) -> VecEnv:
+        return make_vec_env(*args, vec_env_cls=warned_once(vec_env_cls or DummyVecEnv), **kwargs)  # type: ignore[arg-type]
+
+    return _replaced(rl_zoo3.utils, "make_vec_env", make_vec_env_warned_once)
+
+
+def warned_once(vec_env_class: type[VecEnv]) -> Callable[..., VecEnv]:
+    """
+    MuJoCo warns about a model, such as those of gymnasium with their deprecated ``settotalmass``, for each environment that
+    is made of it. Here it does once, in whichever process. What it has to say later, of a simulation, is not changed.
+
+    :param vec_env_class: Class of the vectorized environment
+    :return: what makes one, with the arguments of the class
+    """
+    folder = _shown_warnings().name
+
+    def make(env_fns: list[Callable[[], Any]], **kwargs) -> VecEnv:
+        return vec_env_class([functools.partial(_make_env, env_fn, folder) for env_fn in env_fns], **kwargs)  # type: ignore[arg-type]
+
+    return make
+
+
+@functools.cache
+def _shown_warnings() -> tempfile.TemporaryDirectory:
+    """A file for each warning, since processes have nothing else in common."""
+    return tempfile.TemporaryDirectory(prefix="sb3_flow_")
+
+
+def _make_env(env_fn: Callable[[], Any], folder: str) -> Any:
+    if importlib.util.find_spec("mujoco") is None:
+        return env_fn()
+    import mujoco
+
+    # (MuJoCo ends the process if it raises)
+    def warn(message: str) -> None:
+        try:
+            (Path(folder) / hashlib.sha256(message.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass
+        # As MuJoCo does
+        print(f"WARNING: {message}\n", file=sys.stderr)
+        mujoco.mju_writeLog("WARNING", message)
+
+    former = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(warn)
+    try:
+        return env_fn()
+    finally:
+        # (dm_control has one of its own, from when it is imported)
+        if mujoco.get_mju_user_warning() is warn:
+            mujoco.set_mju_user_warning(former)
