@@ -4,7 +4,6 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 from sb3_flow.zoo import FLOW_ALGOS, default_conf_file
 from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
@@ -17,6 +16,7 @@ def train() -> None:
     """rl-zoo3's train: our hyperparameters, checkpoints by default, and --resume."""
     import rl_zoo3.train
 
+    from sb3_flow.zoo import patches
     from sb3_flow.zoo.experiment import FlowExperimentManager, find_run, last_checkpoint
 
     if {"-h", "--help"} & set(sys.argv):
@@ -46,7 +46,7 @@ def train() -> None:
     if resume.resume is not None:
         run_folder = Path(resume.resume) if resume.resume else find_run(Path(args.log_folder) / args.algo, args.env)
         add_defaults("--trained-agent", str(last_checkpoint(run_folder)[0]))
-    with mock.patch.object(rl_zoo3.train, "ExperimentManager", partial(FlowExperimentManager, resume=run_folder)):
+    with patches.experiment_manager(partial(FlowExperimentManager, resume=run_folder)):
         rl_zoo3.train.train()
 
 
