@@ -35,7 +35,10 @@ def record_video() -> None:
 
 
 def _run_with_trained_agent(program: Callable[[], Any], gym_packages: Sequence[str] = ()) -> None:
+    import rl_zoo3.utils
     from rl_zoo3.utils import ALGOS
+
+    from sb3_flow.zoo.runs import latest_run_id
 
     args = base_parser(add_help=False).parse_known_args()[0]
     check_env(args.env, [*gym_packages, *args.gym_packages])
@@ -47,7 +50,11 @@ def _run_with_trained_agent(program: Callable[[], Any], gym_packages: Sequence[s
         # rl-zoo3 only knows its own off-policy algorithms: ours would allocate a replay buffer too
         loaders[args.algo] = SimpleNamespace(load=partial(FLOW_ALGOS[args.algo].load, buffer_size=1))
     try:
-        with mock.patch.dict(ALGOS, loaders):
+        # It does not find runs with a uuid
+        with (
+            mock.patch.dict(ALGOS, loaders),
+            mock.patch.object(rl_zoo3.utils, "get_latest_run_id", latest_run_id),
+        ):
             program()
     except (ValueError, AssertionError) as error:
         # The message says it all, if there is no such run
