@@ -83,7 +83,9 @@ def killed(run, keep):
 
 
 def episodes(run):
-    return sorted(load_results(str(run))[["r", "l"]].itertuples(index=False, name=None))
+    """Of its logs. Of a process that was killed in the beginning they may not even have a header."""
+    rows = [row for path in run.glob("*monitor.csv") for row in path.read_text().splitlines()[2:]]
+    return sorted(rows)
 
 
 def check(run, n_timesteps, args, former_episodes=()):
@@ -91,6 +93,7 @@ def check(run, n_timesteps, args, former_episodes=()):
     assert FPO.load(run / "Pendulum-v1.zip").num_timesteps == n_timesteps
     assert (run / "Pendulum-v1" / "args.yml").read_bytes() == args
     now = episodes(run)
+    assert len(load_results(str(run))) == len(now)
     for episode in former_episodes:
         now.remove(episode)
     if (run / "evaluations.npz").is_file():
@@ -234,6 +237,16 @@ def test_finished_run(run, capsys):
     killed(run, keep=640)
     sb3_flow_main("train", "--resume", run)
     assert "after 640 of 768 timesteps" in capsys.readouterr().out
+
+
+def test_checkpoints_are_at_the_end_of_a_rollout(capsys):
+    """From there a run has as many timesteps in the end as if nothing had happened."""
+    sb3_flow_main(*TRAIN, "-n", 500, "--save-freq", 150, "--eval-freq", -1)
+    assert saved_steps(RUN) == [256, 384, 512] and FPO.load(RUN / "Pendulum-v1.zip").num_timesteps == 512
+    killed(RUN, keep=384)
+    sb3_flow_main("train", "--resume", RUN)
+    assert "after 384 of 500 timesteps" in capsys.readouterr().out
+    assert FPO.load(RUN / "Pendulum-v1.zip").num_timesteps == 512
 
 
 def load_statistics(path):
@@ -421,6 +434,9 @@ def resume_to_the_end(n_timesteps, capsys):
 @pytest.mark.slow
 def test_fifty_kills(capsys):
     """SIGKILL at random moments, of the same run again and again until it is finished."""
+    # With all that is imported on the way
+    sb3_flow_main(*TRAIN, "-n", 128)
+    shutil.rmtree("logs")
     rng = np.random.default_rng(0)
     outcomes = []
     n_timesteps = 2048
@@ -440,10 +456,10 @@ def test_fifty_kills(capsys):
             for episode in former:
                 now.remove(episode)
             assert Run(RUN).last_state(n_timesteps).skipped == []
+        outcomes.append((bool(resume), status))
         if (RUN / "Pendulum-v1.zip").is_file():
             check(RUN, n_timesteps, (RUN / "Pendulum-v1" / "args.yml").read_bytes(), former)
             shutil.rmtree("logs")
-        outcomes.append((bool(resume), status))
     assert sum(resumed for resumed, _ in outcomes) > 20 and (True, -signal.SIGKILL) in outcomes
 
 

@@ -23,6 +23,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
@@ -32,25 +33,43 @@ from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
 
 class WholeCheckpoints(CheckpointCallback):
-    """SB3's ``CheckpointCallback``. A checkpoint is there with all that belongs to it, or not at all."""
+    """
+    SB3's ``CheckpointCallback``. A checkpoint is there with all that belongs to it, or not at all. That of an on-policy
+    algorithm waits for the end of the rollout, from the middle of which it could not go on.
+
+    :param args: See ``CheckpointCallback``
+    :param kwargs: See ``CheckpointCallback``
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.is_due = False
 
     def _on_step(self) -> bool:
-        if self.n_calls % self.save_freq != 0:
-            return True
-        folder = self.save_path
-        with written_whole(Path(folder)) as unfinished:
-            self.save_path = str(unfinished)
-            try:
-                super()._on_step()
-            finally:
-                self.save_path = folder
-        if self.save_replay_buffer:
-            # Each is as large as its ``buffer_size``, whatever is in it: only that of the last checkpoint is kept
-            last = Path(self._checkpoint_path("replay_buffer_", extension="pkl")).name
-            for path in Path(folder).glob("rl_model_replay_buffer_*_steps.pkl"):
-                if path.name != last:
-                    path.unlink()
+        self.is_due = self.is_due or self.n_calls % self.save_freq == 0
+        is_last_step = not isinstance(self.model, OnPolicyAlgorithm) or (
+            self.locals["n_steps"] + 1 == self.locals["n_rollout_steps"]
+        )
+        if self.is_due and is_last_step:
+            self._save()
+            self.is_due = False
         return True
+
+    def _save(self) -> None:
+        model, replay_buffer, statistics = (
+            Path(self._checkpoint_path(kind, extension)).name
+            for kind, extension in (("", "zip"), ("replay_buffer_", "pkl"), ("vecnormalize_", "pkl"))
+        )
+        with written_whole(Path(self.save_path)) as unfinished:
+            self.model.save(unfinished / model)
+            if self.save_replay_buffer and isinstance(self.model, OffPolicyAlgorithm):
+                self.model.save_replay_buffer(unfinished / replay_buffer)
+            if (normalization := self.model.get_vec_normalize_env()) is not None:
+                normalization.save(str(unfinished / statistics))
+        # Each is as large as its ``buffer_size``, whatever is in it: only that of the last checkpoint is kept
+        for path in Path(self.save_path).glob("rl_model_replay_buffer_*_steps.pkl") if self.save_replay_buffer else ():
+            if path.name != replay_buffer:
+                path.unlink()
 
 
 class WholeEvaluations(EvalCallback):
@@ -217,6 +236,10 @@ class FlowExperimentManager(ExperimentManager):
             # New Monitor files beside the old ones: each has a clock of its own, that their readers take into account
             n_resumed = len({path.name.split(".")[0] for path in self.run.folder.glob("before_*.monitor.csv")})
             for path in self.run.folder.glob("[0-9]*.monitor.csv"):
+                if not path.read_text():
+                    # The process was killed before it wrote the header, without which no reader can do
+                    path.unlink()
+                    continue
                 self.earlier_logs.append((path, path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))))
         return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
 
@@ -297,13 +320,7 @@ class FlowExperimentManager(ExperimentManager):
         periodic: list[BaseCallback] = []
         if save_freq > 0:
             periodic.append(
-                WholeCheckpoints(
-                    max(save_freq // self.n_envs, 1),
-                    self.save_path,
-                    save_replay_buffer=self.save_replay_buffer,
-                    save_vecnormalize=True,
-                    verbose=1,
-                )
+                WholeCheckpoints(max(save_freq // self.n_envs, 1), self.save_path, save_replay_buffer=self.save_replay_buffer)
             )
         if eval_freq > 0 and not self.optimize_hyperparameters:
             evaluations = WholeEvaluations(
