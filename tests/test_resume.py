@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -28,6 +27,8 @@ import sb3_flow.zoo
 from sb3_flow import FPO, FQL
 from sb3_flow.zoo import cli
 from sb3_flow.zoo.runs import FREE_OPTIONS, Run, find_run, lock, run_folders
+
+sb3_flow.zoo.register()
 
 PARAMS = ["-params", "n_envs:2", "batch_size:64", "n_epochs:2", "n_steps:64", "normalize:True"]
 OPTIONS = ["--algo", "fpo", "--env", "Pendulum-v1", "--num-threads", "1", "--seed", "1", "--verbose", "0",
@@ -463,16 +464,11 @@ def test_fifty_kills(capsys):
     assert sum(resumed for resumed, _ in outcomes) > 20 and (True, -signal.SIGKILL) in outcomes
 
 
-def start_training(*args):
-    return subprocess.Popen(
-        [sys.executable, "-m", "sb3_flow.zoo", *TRAIN, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # Ctrl-C is ignored by what a shell runs in the background, these tests too, and by its children
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
+def wait_for_checkpoint(run):
+    deadline = time.time() + 120
+    while not saved_steps(run) and time.time() < deadline:
+        time.sleep(0.1)
+    assert saved_steps(run), Path("child.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -481,23 +477,18 @@ def start_training(*args):
 )
 def test_interrupted_run_is_saved(number, vec_env, status):
     """It is told how to go on, and that works."""
-    process = start_training("-n", 100_000, "--save-freq", 512, "--eval-freq", -1, "--vec-env", vec_env)
-    deadline = time.time() + 180
-    while not saved_steps(RUN) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.2)
-    assert process.poll() is None, "the run ended before it could be stopped"
+    pid = in_child(*TRAIN, "-n", 100_000, "--save-freq", 512, "--eval-freq", -1, "-P", "--vec-env", vec_env, wait=False)
+    wait_for_checkpoint(RUN)
     # Ctrl-C reaches all processes of a terminal
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == status, out
-    model = FPO.load(RUN / "Pendulum-v1.zip")
-    steps = model.num_timesteps
-    assert 512 <= steps < 100_000 and out.rstrip().endswith(
-        f"Interrupted after {steps} timesteps. To go on: sb3-flow train --resume {RUN}"
-    )
-    assert load_statistics(RUN / "Pendulum-v1" / "vecnormalize.pkl").ret_rms.count == pytest.approx(steps, abs=1)
+    os.killpg(pid, number) if number == signal.SIGINT else os.kill(pid, number)
+    returned = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    out = Path("child.txt").read_text()
+    assert returned == status and "Traceback" not in out, out
+    steps = FPO.load(RUN / "Pendulum-v1.zip").num_timesteps
+    assert 512 <= steps < 100_000
+    assert f"Interrupted after {steps} timesteps. To go on: sb3-flow train --resume {RUN}\n" in out
+    assert load_statistics(RUN / "Pendulum-v1" / "vecnormalize.pkl").ret_rms.count == pytest.approx(steps, abs=2)
     assert Run(RUN).last_state(100_000).num_timesteps == steps
-    assert "Traceback" not in out
 
 
 @pytest.mark.parametrize("where", ["create_envs", "_load_pretrained_agent", "_save_config", "learn"])
@@ -572,9 +563,7 @@ def test_one_process_at_a_time(run):
     # A run that is killed does not hold it
     pid = in_child(*TRAIN, "-n", 100_000, wait=False)
     second = run.with_name("Pendulum-v1_2")
-    deadline = time.time() + 120
-    while not saved_steps(second) and time.time() < deadline:
-        time.sleep(0.1)
+    wait_for_checkpoint(second)
     with pytest.raises(SystemExit, match="Pendulum-v1_2 is being trained by another process"):
         sb3_flow_main(*TRAIN, "--resume")
     os.kill(pid, signal.SIGKILL)
@@ -703,6 +692,18 @@ def test_fql_resumes(capsys):
     shutil.move("moved/data.npz", "data.npz")
     sb3_flow_main("train", "--resume", run, "-n", 80)
     assert "Pendulum-v1.zip had collected is lost: there is no replay_buffer.pkl" in capsys.readouterr().out
+
+
+def test_offline_only(capsys):
+    """-n 0 is none, not those of the file."""
+    sb3_flow_main("train", "--algo", "fql", "--env", "Pendulum-v1", "--eval-freq", -1, "-n", 0, *make_dataset())
+    run = Path("logs/fql/Pendulum-v1_1")
+    assert FQL.load(run / "Pendulum-v1.zip", buffer_size=1).num_timesteps == 100
+    sb3_flow_main("train", "--resume", run)
+    assert "is finished, after 100 of 100 timesteps" in capsys.readouterr().out
+    sb3_flow_main("train", "--resume", run, "-n", 10)
+    model = FQL.load(run / "Pendulum-v1.zip", buffer_size=1)
+    assert model.num_timesteps == 110 and model._n_offline_updates == 100
 
 
 def test_run_of_a_trained_agent_resumes(capsys):

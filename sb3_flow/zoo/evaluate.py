@@ -59,7 +59,7 @@ def load_run(
         env, n_envs, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
     )
     normalization = unwrap_vec_normalize(vec_env)
-    if normalization is not None:
+    if normalization is not None and saved.statistics.is_file():
         # rl-zoo3 takes those of the final model for the best one, too
         normalization.obs_rms = load_pickle(saved.statistics, VecNormalize).obs_rms
     # Nothing is learned here: schedules are not needed

@@ -181,11 +181,12 @@ class FlowExperimentManager(ExperimentManager):
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
         self.offline_steps = hyperparams.get("offline_steps", 0) if self.run is None else self.run.offline_steps
+        is_offline_only = getattr(self.args, "n_timesteps", -1) == 0
         if self.offline_steps and self.optimize_hyperparameters and self.n_evaluations is None:
             # As rl-zoo3, one every 100,000 timesteps, but of both phases
-            n_timesteps = self.n_timesteps if self.n_timesteps >= 0 else int(hyperparams["n_timesteps"])
+            is_given = self.n_timesteps > 0 or is_offline_only
+            n_timesteps = self.n_timesteps if is_given else int(hyperparams["n_timesteps"])
             self.n_evaluations = max(1, (self.offline_steps + n_timesteps) // 100_000)
-        is_offline_only = self.n_timesteps == 0
         processed = super()._preprocess_hyperparams(hyperparams)
         if is_offline_only:
             # rl-zoo3 takes 0 for none given
