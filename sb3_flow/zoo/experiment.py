@@ -132,7 +132,8 @@ class FlowExperimentManager(ExperimentManager):
 
     def __init__(self, *args, resume: Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.vec_env_class = patches.warned_once(self.vec_env_class)
+        self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
+        self.has_own_hyperparams = False
         self.deterministic_eval = self.deterministic_eval and self.algo not in EVALUATED_WITH_NOISE
         if self.trial_id == 0:
             # rl-zoo3 takes the first trial for none

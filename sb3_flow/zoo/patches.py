@@ -154,7 +154,7 @@ def mujoco_warnings_once() -> AbstractContextManager[None]:
     make_vec_env = rl_zoo3.utils.make_vec_env
 
     def make_vec_env_warned_once(*args, vec_env_cls: type[VecEnv] | None = None, **kwargs) -> VecEnv:
-        return make_vec_env(*args, vec_env_cls=warned_once(vec_env_cls or DummyVecEnv), **kwargs)  # type: ignore[arg-type]
+        return make_vec_env(*args, vec_env_cls=warned_once(vec_env_cls or DummyVecEnv), **kwargs)  # type: ignore[arg-type, misc]
 
     return _replaced(rl_zoo3.utils, "make_vec_env", make_vec_env_warned_once)
 
