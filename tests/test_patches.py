@@ -3,13 +3,13 @@ What the command line changes in rl-zoo3, and what it relies on without a promis
 patch: when a test fails there, rl-zoo3 has mended it, and the patch can go.
 """
 
+import argparse
 import inspect
 import pickle
 import re
 import runpy
 import subprocess
 import sys
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +37,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 import sb3_flow.zoo
 from sb3_flow import FQL
 from sb3_flow.zoo import cli, patches
+from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for
 from sb3_flow.zoo.experiment import FlowExperimentManager
-from sb3_flow.zoo.hyperparams import FLATTEN, normalization_for, policy_for
 
+PARSE_ARGS = argparse.ArgumentParser.parse_args
 PACKAGE = Path(sb3_flow.__file__).parent
 
 
@@ -50,7 +51,7 @@ def in_an_empty_folder(monkeypatch, tmp_path):
     yield
     # Whatever happened, what was changed is as it was
     assert rl_zoo3.train.ExperimentManager is ExperimentManager and ALGOS["fql"] is FQL and ALGOS["crossq"] is CrossQ
-    assert rl_zoo3.utils.make_vec_env is make_vec_env
+    assert rl_zoo3.utils.make_vec_env is make_vec_env and argparse.ArgumentParser.parse_args is PARSE_ARGS
 
 
 def main(monkeypatch, *args):
@@ -73,6 +74,26 @@ def test_all_patches_are_in_one_file():
     for path in (PACKAGE / "zoo").rglob("*.py"):
         text = path.read_text()
         assert "mock" not in text and (path.name == "patches.py" or "setattr(" not in text), path
+
+
+def test_parsed_by(monkeypatch):
+    """No program of rl-zoo3 takes arguments or a parser."""
+    programs = [rl_zoo3.train.train, rl_zoo3.enjoy.enjoy]
+    programs += [partial(runpy.run_module, f"rl_zoo3.{name}", run_name="__main__") for name in ("record_video", "benchmark")]
+    monkeypatch.setattr(sys, "argv", ["program", "--no-such-option"])
+    for program in programs:
+        assert isinstance(program, partial) or not inspect.signature(program).parameters
+        with pytest.raises(SystemExit):
+            program()
+
+        def parse(parser):
+            assert {"env", "log_dir"} & {action.dest for action in parser._actions}
+            # Other parsers are what they were
+            assert argparse.ArgumentParser.parse_args is PARSE_ARGS
+            raise NotImplementedError
+
+        with pytest.raises(NotImplementedError), patches.parsed_by(parse):
+            program()
 
 
 def test_experiment_manager(monkeypatch):
@@ -128,7 +149,7 @@ def test_timesteps_of_both_phases(monkeypatch):
              actions=np.zeros((9, 1)))  # fmt: skip
     learned = []
     manager = FlowExperimentManager(
-        Namespace(), "fql", "Pendulum-v1", "logs", n_timesteps=4, optimize_hyperparameters=True, n_evaluations=1,
+        argparse.Namespace(), "fql", "Pendulum-v1", "logs", n_timesteps=4, optimize_hyperparameters=True, n_evaluations=1,
         n_eval_episodes=1, hyperparams=dict(dataset="data.npz", offline_steps=6, buffer_size=100),
         config=sb3_flow.zoo.default_conf_file("fql"), verbose=0,
     )  # fmt: skip
@@ -294,8 +315,8 @@ def test_mujoco_warnings_of_commands(args):
 
 def manager_of(env_id, algo="fpo", config=None, **hyperparams):
     return FlowExperimentManager(
-        Namespace(), algo, env_id, "logs", n_timesteps=2, eval_freq=-1, hyperparams=hyperparams, verbose=0, config=config,
-        log_interval=-1,
+        argparse.Namespace(), algo, env_id, "logs", n_timesteps=2, eval_freq=-1, hyperparams=hyperparams, verbose=0,
+        log_interval=-1, config=config,
     )  # fmt: skip
 
 
@@ -421,13 +442,34 @@ def test_dm_control_tasks_without_an_entry(monkeypatch, capsys):
     assert "Number of finished trials:  1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["fpo", "fql", "ppo"])
+def test_every_task_of_the_suite(algo):
+    pytest.importorskip("dm_control", reason='needs pip install "sb3-flow[dmc]"')
+    pytest.importorskip("shimmy", reason='needs pip install "sb3-flow[dmc]"')
+    sb3_flow.zoo.register_envs("dm_control/")
+    config = sb3_flow.zoo.default_conf_file(algo) if algo in sb3_flow.zoo.FLOW_ALGOS else None
+    short = dict(buffer_size=10, learning_starts=10) if algo == "fql" else dict(n_steps=2, batch_size=2)
+    from shimmy.utils.envs_configs import DM_CONTROL_SUITE_ENVS
+
+    tasks = [f"dm_control/{domain}-{task}-v0" for domain, task in DM_CONTROL_SUITE_ENVS]
+    # (which renders)
+    tasks.remove("dm_control/quadruped-escape-v0")
+    assert len(tasks) > 40
+    for env_id in tasks:
+        manager = manager_of(env_id, algo, config, n_envs=1, **short)
+        model, saved = manager.setup_experiment()
+        assert saved["env_wrapper"] == FLATTEN and len(model.observation_space.shape) == 1
+        manager.learn(model)
+
+
 def test_atari_has_the_default_of_algorithms_without_an_entry(monkeypatch):
     """rl-zoo3 takes ``atari`` from the file, whether it is there or not."""
     gym.register("MyAtari-v0", "ale_py.env:AtariEnv")
     try:
         config = sb3_flow.zoo.default_conf_file("fpo")
         with pytest.raises(KeyError, match="atari"):
-            ExperimentManager(Namespace(), "fpo", "MyAtari-v0", "logs", config=config).read_hyperparameters()
+            ExperimentManager(argparse.Namespace(), "fpo", "MyAtari-v0", "logs", config=config).read_hyperparameters()
         assert manager_of("MyAtari-v0", config=config).read_hyperparameters()[0]["policy"] == "MlpPolicy"
         assert manager_of("MyAtari-v0", "ppo").read_hyperparameters()[0]["policy"] == "CnnPolicy"
     finally:
@@ -440,7 +482,7 @@ def test_first_trial_is_taken_for_none(monkeypatch):
     monkeypatch.setattr(ExperimentManager, "load_trial", lambda self, *args: asked.append(args) or {})
     for manager_class, expected in ((ExperimentManager, []), (FlowExperimentManager, [("study.log", "mine", 0)])):
         manager_class(
-            Namespace(), "ppo", "Pendulum-v1", "logs", storage="study.log", study_name="mine", trial_id=0
+            argparse.Namespace(), "ppo", "Pendulum-v1", "logs", storage="study.log", study_name="mine", trial_id=0
         ).read_hyperparameters()
         assert asked == expected
 
@@ -452,7 +494,7 @@ def test_experiment_manager_has_what_ours_overrides_and_uses():
         if inspect.isfunction(method) and name not in own and name != "__init__":
             expected = inspect.signature(getattr(ExperimentManager, name)).parameters
             assert list(inspect.signature(method).parameters) == list(expected), name
-    made = vars(ExperimentManager(Namespace(), "ppo", "Pendulum-v1", "logs")).keys()
+    made = vars(ExperimentManager(argparse.Namespace(), "ppo", "Pendulum-v1", "logs")).keys()
     ours = vars(manager_of("Pendulum-v1")).keys() - made
     used = set(re.findall(r"self\.(\w+)", inspect.getsource(FlowExperimentManager)))
     assert used and used <= made | ours | set(dir(FlowExperimentManager))

@@ -22,7 +22,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
-from sb3_flow.zoo.hyperparams import FLATTEN, normalization_for, policy_for, read_conf_file
+from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for, read_conf_file
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
 

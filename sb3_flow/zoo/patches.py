@@ -5,6 +5,7 @@ One context manager a change, each with its reason. For each, ``tests/test_patch
 when rl-zoo3 changes: a patch that is no longer needed can then go.
 """
 
+import argparse
 import functools
 import hashlib
 import importlib.util
@@ -44,6 +45,23 @@ def _registered(algo: str, algorithm: type[BaseAlgorithm]) -> Iterator[None]:
         yield
     finally:
         ALGOS[algo] = original
+
+
+@contextmanager
+def parsed_by(parse: Callable[..., argparse.Namespace]) -> Iterator[None]:
+    """
+    The programs of rl-zoo3 make parsers of their own, and take no arguments: theirs is the first one that parses.
+
+    :param parse: What it is given to, in place of its ``parse_args()``
+    """
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_first(parser: argparse.ArgumentParser, *args, **kwargs) -> argparse.Namespace:
+        setattr(argparse.ArgumentParser, "parse_args", parse_args)  # noqa: B010
+        return parse(parser, *args, **kwargs)
+
+    with _replaced(argparse.ArgumentParser, "parse_args", parse_first):
+        yield
 
 
 def experiment_manager(manager: Callable[..., ExperimentManager]) -> AbstractContextManager[None]:
@@ -99,17 +117,21 @@ def timesteps_of_both_phases(algo: str, offline_steps: int) -> AbstractContextMa
 def enjoy_in_benchmark() -> AbstractContextManager[None]:
     """
     ``benchmark`` runs enjoy.py of the working directory for each agent, where there is none unless it is a checkout of
-    rl-zoo3, and with rl-zoo3's own algorithms only.
+    rl-zoo3, and with rl-zoo3's own algorithms only. It leaves out of its table an agent for which that fails.
 
     :return: context manager
     """
     call = subprocess.call
 
     def call_enjoy(command: list[str], *args, **kwargs) -> int:
-        if command[:2] == ["python", "enjoy.py"]:
-            options = [arg.gym_id if isinstance(arg, EnvironmentName) else arg for arg in command[2:]]
-            command = [sys.executable, "-m", "sb3_flow.zoo", "enjoy", *options]
-        return call(command, *args, **kwargs)
+        if command[:2] != ["python", "enjoy.py"]:
+            return call(command, *args, **kwargs)
+        options = [arg.gym_id if isinstance(arg, EnvironmentName) else arg for arg in command[2:]]
+        status = call([sys.executable, "-m", "sb3_flow.zoo", "enjoy", *options], *args, **kwargs)
+        if status != 0:
+            # It has told what is wrong
+            raise SystemExit(status)
+        return status
 
     # It is a script: what it imports can be replaced, but not its own functions
     return _replaced(subprocess, "call", call_enjoy)
