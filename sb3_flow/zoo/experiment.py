@@ -27,7 +27,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
-from sb3_flow.zoo.hyperparams import FLATTEN, normalization_for, policy_for, read_conf_file
+from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for, read_conf_file
 from sb3_flow.zoo.runs import Run, SavedModel, lock, remove_unfinished, written_whole
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
@@ -146,7 +146,8 @@ class FlowExperimentManager(ExperimentManager):
 
     def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.vec_env_class = patches.warned_once(self.vec_env_class)
+        self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
+        self.has_own_hyperparams = False
         self.deterministic_eval = self.deterministic_eval and self.algo not in EVALUATED_WITH_NOISE
         if self.trial_id == 0:
             # rl-zoo3 takes the first trial for none

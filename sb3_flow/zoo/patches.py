@@ -50,6 +50,23 @@ def _registered(algo: str, algorithm: type[BaseAlgorithm]) -> Iterator[None]:
         ALGOS[algo] = original
 
 
+@contextmanager
+def parsed_by(parse: Callable[..., argparse.Namespace]) -> Iterator[None]:
+    """
+    The programs of rl-zoo3 make parsers of their own, and take no arguments: theirs is the first one that parses.
+
+    :param parse: What it is given to, in place of its ``parse_args()``
+    """
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_first(parser: argparse.ArgumentParser, *args, **kwargs) -> argparse.Namespace:
+        setattr(argparse.ArgumentParser, "parse_args", parse_args)  # noqa: B010
+        return parse(parser, *args, **kwargs)
+
+    with _replaced(argparse.ArgumentParser, "parse_args", parse_first):
+        yield
+
+
 def experiment_manager(manager: Callable[..., ExperimentManager]) -> AbstractContextManager[None]:
     """
     ``rl_zoo3.train`` makes its experiment manager by name, and has no argument for another one.
@@ -131,17 +148,21 @@ def timesteps_of_both_phases(algo: str, offline_steps: int) -> AbstractContextMa
 def enjoy_in_benchmark() -> AbstractContextManager[None]:
     """
     ``benchmark`` runs enjoy.py of the working directory for each agent, where there is none unless it is a checkout of
-    rl-zoo3, and with rl-zoo3's own algorithms only.
+    rl-zoo3, and with rl-zoo3's own algorithms only. It leaves out of its table an agent for which that fails.
 
     :return: context manager
     """
     call = subprocess.call
 
     def call_enjoy(command: list[str], *args, **kwargs) -> int:
-        if command[:2] == ["python", "enjoy.py"]:
-            options = [arg.gym_id if isinstance(arg, EnvironmentName) else arg for arg in command[2:]]
-            command = [sys.executable, "-m", "sb3_flow.zoo", "enjoy", *options]
-        return call(command, *args, **kwargs)
+        if command[:2] != ["python", "enjoy.py"]:
+            return call(command, *args, **kwargs)
+        options = [arg.gym_id if isinstance(arg, EnvironmentName) else arg for arg in command[2:]]
+        status = call([sys.executable, "-m", "sb3_flow.zoo", "enjoy", *options], *args, **kwargs)
+        if status != 0:
+            # It has told what is wrong
+            raise SystemExit(status)
+        return status
 
     # It is a script: what it imports can be replaced, but not its own functions
     return _replaced(subprocess, "call", call_enjoy)
@@ -186,7 +207,7 @@ def mujoco_warnings_once() -> AbstractContextManager[None]:
     make_vec_env = rl_zoo3.utils.make_vec_env
 
     def make_vec_env_warned_once(*args, vec_env_cls: type[VecEnv] | None = None, **kwargs) -> VecEnv:
-        return make_vec_env(*args, vec_env_cls=warned_once(vec_env_cls or DummyVecEnv), **kwargs)  # type: ignore[arg-type]
+        return make_vec_env(*args, vec_env_cls=warned_once(vec_env_cls or DummyVecEnv), **kwargs)  # type: ignore[arg-type, misc]
 
     return _replaced(rl_zoo3.utils, "make_vec_env", make_vec_env_warned_once)
 

@@ -38,7 +38,7 @@ def policy_for(observation_space: spaces.Space, policy: str) -> str:
     """
     if isinstance(observation_space, spaces.Dict):
         return policy.replace("Mlp", "MultiInput")
-    if is_image_space(observation_space) and sorted(observation_space.shape)[1] >= MIN_IMAGE_SIZE:  # type: ignore[type-var]
+    if is_image_space(observation_space) and sorted(observation_space.shape or ())[1] >= MIN_IMAGE_SIZE:
         return policy.replace("Mlp", "Cnn")
     return policy
 
