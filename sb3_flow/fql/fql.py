@@ -365,7 +365,9 @@ class FQL(OffPolicyAlgorithm):
             # The device is waited for once
             logged.append(th.stack(list(values.values())).tolist())
             if not np.isfinite(logged[-1]).all():
-                parts = ", ".join(f"{name}: {value}" for name, value in zip(values, logged[-1], strict=True))
+                parts = ", ".join(
+                    f"{name.removesuffix('_loss')}: {value}" for name, value in zip(values, logged[-1], strict=True)
+                )
                 raise ValueError(f"The loss is not finite ({parts}): training stopped before it reached the weights")
             self.policy.optimizer.zero_grad()
             loss.backward()
@@ -383,22 +385,20 @@ class FQL(OffPolicyAlgorithm):
 
     def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        The three losses of Alg. 1, or, without rewards, those of behavioral cloning.
+        The three losses of Alg. 1, or those of behavioral cloning only.
 
         :param batch: Transitions
         :return: the loss, and what is logged of it
         """
         if self._only_clones:
-            bc_flow_loss = self._bc_flow_loss(batch)
-            distill_loss = self._distill_loss(batch)[0]
+            bc_flow_loss, (distill_loss, _) = self._bc_flow_loss(batch), self._actor_losses(batch)
             return bc_flow_loss + distill_loss, dict(bc_flow_loss=bc_flow_loss, distill_loss=distill_loss)
         # Critic: TD learning with the actions of the one-step policy
         critic_loss, q_values = self._critic_loss(batch)
         # Flow: behavioral cloning
         bc_flow_loss = self._bc_flow_loss(batch)
         # One-step policy: value maximisation and distillation of the flow
-        distill_loss, actions = self._distill_loss(batch)
-        q_loss = self._q_loss(batch, actions)
+        distill_loss, q_loss = self._actor_losses(batch)
         return critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss, dict(
             critic_loss=critic_loss,
             bc_flow_loss=bc_flow_loss,
@@ -433,22 +433,16 @@ class FQL(OffPolicyAlgorithm):
         velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
         return cfm_loss(velocity, batch.actions, noise, timesteps).mean()
 
-    def _distill_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _actor_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: Transitions
-        :return: distillation loss of the one-step policy, and its actions
+        :return: distillation loss and Q term of the one-step policy
         """
         noise = th.randn_like(batch.actions)
         # The flow's action is clipped, the policy's is not: it is pulled back inside
         actions = self.actor.unclipped_actions(batch.observations, noise)
-        return F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise)), actions
+        distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
 
-    def _q_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples, actions: th.Tensor) -> th.Tensor:
-        """
-        :param batch: Transitions
-        :param actions: Those of the one-step policy
-        :return: Q term of the one-step policy
-        """
         # The critics are held fixed
         self.critic.requires_grad_(False)
         q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
@@ -456,7 +450,7 @@ class FQL(OffPolicyAlgorithm):
         q_loss = -q_values.mean()
         if self.normalize_q_loss:
             q_loss = q_loss / q_values.detach().abs().mean()
-        return q_loss
+        return distill_loss, q_loss
 
     def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
         """
@@ -648,7 +642,8 @@ class FQL(OffPolicyAlgorithm):
             raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
         if self._has_dataset and self.offline_buffer is None:
             warnings.warn(
-                "The model learned from a dataset that is not saved with it: call `set_dataset()` to go on learning from it"
+                "The dataset was given as arrays, which are not saved, or it was left out when the model was loaded: "
+                "call `set_dataset()` to go on learning from it"
             )
         assert self.replay_buffer is not None
         if total_timesteps > 0 and self._has_dataset and not self.replay_buffer.handle_timeout_termination:
