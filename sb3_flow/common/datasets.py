@@ -309,16 +309,16 @@ def _natural_order(name: str) -> list[Any]:
 
 
 def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool, need_rewards: bool) -> Transitions:
-    transitions, ambiguous, final = [], [], set()
+    has = {None: "next observations", True: "a final observation", False: "neither next observations nor a final one"}
+    transitions: list[Transitions] = []
+    ambiguous, kinds = [], []
     for name, part in parts.items():
         with _naming(name):
             recognised = recognise(part, are_episodes, need_rewards)
             ambiguous.append(recognised.ambiguous)
-            final.add(recognised.has_final_observations)
-            if {True, False} <= final:
-                raise ValueError(
-                    "either all episodes have one observation more than actions, or none: this one is not like others"
-                )
+            kinds.append(recognised.has_final_observations)
+            if kinds[-1] != kinds[0] and (are_episodes or None not in kinds):
+                raise ValueError(f"it has {has[kinds[-1]]}, and {next(iter(parts))} has {has[kinds[0]]}")
             transitions.append(Transitions.from_arrays(**recognised.arrays))
     result = transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
     if need_rewards and ambiguous[0] and all(ambiguous):

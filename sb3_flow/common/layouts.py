@@ -10,6 +10,7 @@ end flag, and a warning if it does not.
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -212,6 +213,7 @@ def describe(data: Mapping[Any, Any], missing: Sequence[str]) -> str:
 # --- Names
 
 
+@lru_cache(maxsize=1000)
 def _row(name: str) -> Names | None:
     return _ROWS.get(name.lower())
 
@@ -277,6 +279,7 @@ class _Parts(dict):
     """Arrays whose names have a prefix in common."""
 
 
+@lru_cache(maxsize=1000)
 def _part(name: str) -> tuple[str, str] | None:
     """("observation", "state") of "observation.state", None if it is no part of observations."""
     for group in (group for row in NAMES if row.role in _OBSERVATIONS for group in row.names):

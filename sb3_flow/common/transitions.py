@@ -346,11 +346,15 @@ def _check_alike(observations: Any, next_observations: Any) -> None:
             raise ValueError(f"There is {names[key in second]}, but no {names[key not in second]}")
         kinds = [_kind(names[i], array[key]) for i, array in enumerate((first, second))]
         if kinds[0] != kinds[1]:
-            raise ValueError(f"{names[0]} and {names[1]} must be of one kind, not {kinds[0]} and {kinds[1]}")
+            raise ValueError(f"{names[0]} and {names[1]} must be the same, not {_text(kinds[0])} and {_text(kinds[1])}")
 
 
-def _kind(name: str, source: Any) -> str:
-    return f"{np.dtype(_dtype(name, source))} of shape {source.shape[1:]}"
+def _kind(name: str, source: Any) -> tuple[type, tuple[int, ...]]:
+    return _dtype(name, source), source.shape[1:]
+
+
+def _text(kind: tuple[type, tuple[int, ...]] | None) -> str:
+    return "missing" if kind is None else f"{kind[0].__name__} of shape {kind[1]}"
 
 
 def _mark_discontinuities(ends: np.ndarray, observations: Observations, next_observations: Observations) -> None:
@@ -400,11 +404,11 @@ def join(parts: Iterator[Transitions] | Sequence[Transitions], total: int) -> Tr
             )
             targets = dict(result.items())
         for name in [*targets, *arrays]:
-            kinds = [_kind(name, x[name]) if name in x else "missing" for x in (targets, arrays)]
+            kinds = [_kind(name, x[name]) if name in x else None for x in (targets, arrays)]
             if kinds[0] != kinds[1]:
                 raise ValueError(
-                    f"Datasets to be concatenated must have the same shapes and dtypes: {name} is {kinds[0]} in number 0, "
-                    f"{kinds[1]} in number {number}"
+                    f"Datasets to be concatenated must have the same shapes and dtypes: {name} is {_text(kinds[0])} in "
+                    f"number 0, {_text(kinds[1])} in number {number}"
                 )
         for name, array in arrays.items():
             targets[name][start : start + len(array)] = array
