@@ -789,7 +789,7 @@ def test_cloning_needs_no_rewards(tmp_path):
     obs, noise = th.zeros(500, 3), th.randn(500, 1)
     with th.no_grad():
         difference = model.actor.unclipped_actions(obs, noise).clamp(-1, 1) - model.bc_flow.sample(obs, noise)
-    assert difference.abs().mean() < 0.1
+    assert difference.abs().mean() < 0.2
     # What was collected online is not cloned
     for _ in range(100):
         model.replay_buffer.add(np.zeros(3), np.zeros(3), np.zeros((1, 1)), np.full(1, 7.0), np.zeros(1), [{}])
