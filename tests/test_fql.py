@@ -912,6 +912,10 @@ def test_dataset_is_found_from_any_folder(tmp_path, monkeypatch):
         absolute = str(tmp_path / "data.npz")
         assert loaded.dataset == (absolute if not isinstance(dataset, list) else [absolute] * 2)
         monkeypatch.chdir(tmp_path)
+    # One that is given to a loaded model is remembered in the same way, whether it was trained on or not
+    for dataset, expected in [("other.npz", str(tmp_path / "other.npz")), (make_dataset(), None)]:
+        FQL.load("model.zip", dataset=dataset).save("again.zip")
+        assert FQL.load("again.zip").dataset == expected
     for name, expected in [
         ("ogbench:cube-single-play-singletask-v0", None),
         ("ogbench:cube-single-play-singletask-v0@data", f"ogbench:cube-single-play-singletask-v0@{tmp_path}/data"),
@@ -965,6 +969,8 @@ def test_bad_arguments():
     for name in ("alpha", "offline_steps", "random_crop"):
         with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
             make_model(**{name: -1})
+        with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
+            make_model(**{name: np.nan})
     with pytest.raises(ValueError, match="`offline_steps` needs a `dataset`"):
         make_model(dataset=None, offline_steps=10)
     with pytest.raises(ValueError, match="`batch_size`"):

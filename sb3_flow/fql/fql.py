@@ -210,7 +210,7 @@ class FQL(OffPolicyAlgorithm):
         check_reward_arguments(**self._reward_arguments)
         check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
         for name in ("alpha", "offline_steps", "random_crop"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, it is {self.batch_size}")
@@ -225,6 +225,8 @@ class FQL(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
+        # Another may be given to a model that is loaded
+        self.dataset = dataset_name(self.dataset) or self.dataset
         if self._has_default_replay_buffer and self.replay_buffer_class is NStepReplayBuffer:
             # Chosen before the model was saved: `n_steps` and `gamma` may be others when it is loaded
             self.replay_buffer_class = None
@@ -712,8 +714,10 @@ class FQL(OffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        buffers = ["offline_buffer", "validation_buffer"]
-        return [*super()._excluded_save_params(), "actor", "bc_flow", "critic", "critic_target", *buffers]
+        excluded = ["actor", "bc_flow", "critic", "critic_target", "offline_buffer", "validation_buffer"]
+        # Arrays that a loaded model has not been trained on yet
+        excluded += ["dataset"] if dataset_name(self.dataset) is None else []
+        return [*super()._excluded_save_params(), *excluded]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
