@@ -309,7 +309,13 @@ def test_offline_trials_are_evaluated_along_the_way():
     from sb3_flow.zoo.experiment import FlowExperimentManager
 
     manager = FlowExperimentManager(
-        SimpleNamespace(seed=0), "fql", "Pendulum-v1", "logs", optimize_hyperparameters=True, n_evaluations=None
+        SimpleNamespace(seed=0),
+        "fql",
+        "Pendulum-v1",
+        "logs",
+        n_timesteps=-1,
+        optimize_hyperparameters=True,
+        n_evaluations=None,
     )
     manager._preprocess_hyperparams({"policy": "MlpPolicy", "n_timesteps": 200_000, "offline_steps": 500_000})
     assert manager.n_evaluations == 7
