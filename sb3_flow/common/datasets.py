@@ -392,6 +392,7 @@ Dataset = str | Path | Transitions | ReplayBuffer | Mapping[str, Any] | Sequence
 def load_dataset(
     dataset: Dataset | Sequence[Dataset],
     allow_pickle: bool = False,
+    reward_scale: float = 1.0,
     reward_shift: float = 0.0,
     need_rewards: bool = True,
     **kwargs,
@@ -409,18 +410,54 @@ def load_dataset(
           transitions, each a dictionary: see :mod:`sb3_flow.common.layouts` for the names
         - a replay buffer of SB3, or :class:`Transitions`
     :param allow_pickle: Whether pickles may be loaded. This runs code from the file: only for files you trust.
-    :param reward_shift: Added to all rewards (-1 for the antmaze datasets of D4RL, as is usual)
+    :param reward_scale: Factor of all rewards
+    :param reward_shift: Added to all rewards after that (-1 for the antmaze datasets of D4RL, as is usual)
     :param need_rewards: Whether there must be rewards. If not, they are zeros where there are none.
     :param kwargs: For the loader of OGBench
     :return: transitions
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is not a dataset, naming what is missing or wrong
     """
+    check_reward_arguments(reward_scale, reward_shift)
+    if {"clip_actions", "device", "validation"} & kwargs.keys():
+        raise ValueError("`clip_actions`, `device` and `validation` are for `set_dataset()` of an algorithm, which has bounds")
     transitions = _load(dataset, allow_pickle, need_rewards, kwargs)
     if len(transitions) == 0:
         raise ValueError("The dataset is empty: no transition has a next observation")
+    if reward_scale == 1 and reward_shift == 0:
+        return transitions
     # Not in place: the arrays may be the caller's
-    return replace(transitions, rewards=transitions.rewards + np.float32(reward_shift)) if reward_shift else transitions
+    return replace(transitions, rewards=np.float32(reward_scale) * transitions.rewards + np.float32(reward_shift))
+
+
+def check_reward_arguments(reward_scale: Any = 1.0, reward_shift: Any = 0.0) -> None:
+    """
+    :param reward_scale: See :func:`load_dataset`
+    :param reward_shift: See :func:`load_dataset`
+    :raises ValueError: if one of them is not a finite number
+    """
+    for name, value in (("reward_scale", reward_scale), ("reward_shift", reward_shift)):
+        if not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, it is {value!r}")
+
+
+def dataset_name(dataset: Any) -> str | list[str] | None:
+    """
+    What a dataset can be loaded by again, from any working directory.
+
+    :param dataset: See :func:`load_dataset`
+    :return: the dataset, with absolute paths, or None if some of it is in memory
+    """
+    if isinstance(dataset, (list, tuple)):
+        names = [dataset_name(part) for part in dataset]
+        return None if None in names else names  # type: ignore[return-value]
+    if not isinstance(dataset, (str, Path)):
+        return None
+    name = str(dataset)
+    before, at, path = name.partition("@") if name.startswith("ogbench:") else ("", "", name)
+    if name.startswith("minari:") or not path:
+        return name
+    return f"{before}{at}{Path(path).expanduser().absolute()}"
 
 
 def _join_and_free(parts: list[Transitions]) -> Transitions:

@@ -445,14 +445,17 @@ def check_transitions(
     observation_space: spaces.Space | None = None,
     action_space: spaces.Space | None = None,
     n_stack: int = 1,
+    clip_actions: bool = False,
 ) -> None:
     """
-    Check that a dataset can be trained on.
+    Check that a dataset can be trained on. The next observation where an episode terminated may be anything: nothing is
+    bootstrapped from it.
 
     :param transitions: The dataset
     :param observation_space: Space that the observations must have the shape of
     :param action_space: Box that the actions must be in, in env units
     :param n_stack: Number of observations of the dataset that make up one of the space
+    :param clip_actions: Whether the actions will be clipped, so that they may be out of the bounds
     :raises ValueError: naming the field, and the first row, that is wrong
     """
     if len(transitions) == 0:
@@ -462,21 +465,28 @@ def check_transitions(
             _check_shapes(name, getattr(transitions, name), observation_space, n_stack)
     for name, array in transitions.items():
         if np.issubdtype(array.dtype, np.floating):
-            _check_rows(lambda rows: ~np.isfinite(rows), name, array, "NaN or inf")
+            exempt = transitions.dones == 1 if name.startswith("next_observations") else None
+            _check_rows(lambda rows: ~np.isfinite(rows), name, array, "NaN or inf", exempt)
     _check_rows(lambda rows: ~np.isin(rows, (0, 1)), "dones", transitions.dones, "neither 0 nor 1")
     if action_space is not None:
         actions = transitions.actions
         if not isinstance(action_space, spaces.Box) or actions.shape[1:] != action_space.shape:
             raise ValueError(f"actions of shape {actions.shape[1:]} do not fit the action space of the env, {action_space}")
+        if clip_actions:
+            return
         margin = 1e-4 * np.maximum(1.0, np.abs(action_space.high - action_space.low))
         low, high = action_space.low - margin, action_space.high + margin
-        what = f"outside of the action space of the env, {action_space}"
+        what = f"outside of the action space of the env, {action_space}, which `clip_actions=True` clips them to"
         _check_rows(lambda rows: (rows < low) | (rows > high), "actions", actions, what)
 
 
-def _check_rows(is_wrong: Callable[[np.ndarray], np.ndarray], name: str, array: np.ndarray, what: str) -> None:
+def _check_rows(
+    is_wrong: Callable[[np.ndarray], np.ndarray], name: str, array: np.ndarray, what: str, exempt: np.ndarray | None = None
+) -> None:
     for start, rows in blocks(array):
         wrong = is_wrong(rows)
+        if exempt is not None and wrong.any():
+            wrong[exempt[start : start + len(rows)]] = False
         if wrong.any():
             row = int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
             raise ValueError(f"{name}, row {start + row}: {what} ({rows[row]})")
@@ -495,6 +505,8 @@ def _check_shapes(name: str, observations: Observations, space: spaces.Space, n_
         shape = (n_stack * shape[0], *shape[1:])
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(shape) == 3 and observations.dtype != np.uint8:
         raise ValueError(f"{name} must be bytes, as the images of the env are, not {observations.dtype}")
+    if isinstance(space, spaces.Box) and space.dtype != np.uint8 == observations.dtype and (space.high <= 1).all():
+        raise ValueError(f"{name} are bytes, but those of the env are not more than 1: {space}")
     if shape != get_obs_shape(space):
         stacked = f" ({n_stack} stacked: {shape})" if n_stack > 1 else ""
         raise ValueError(
