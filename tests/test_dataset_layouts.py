@@ -303,6 +303,11 @@ def lerobot(episodes):
     }  # fmt: skip
 
 
+def lerobot_frames(episodes):
+    data = {name: th.as_tensor(value) for name, value in lerobot(episodes).items()}
+    return [{name: value[row] for name, value in data.items()} | {"task": "lift"} for row in range(len(data["action"]))]
+
+
 def rlds(episodes):
     arrays, last = padded(episodes)
     names = dict(observations="observation", actions="action", rewards="reward")
@@ -355,7 +360,7 @@ COMPLETE = (
     sb3_flow, gymnasium, plural, d4rl, sb3, sb3_infos, ogbench, ogbench_compact, iql, td3, tianshou, rllib, imitation,
     trajectories, episodes_in_memory, hil_serl, torchrl, rlds, robomimic, minari, maniskill,
 )  # fmt: skip
-WITHOUT_FINAL_OBSERVATIONS = (d4rl_without_next, d3rlpy_1, d3rlpy_2, lerobot, oxe)
+WITHOUT_FINAL_OBSERVATIONS = (d4rl_without_next, d3rlpy_1, d3rlpy_2, lerobot, lerobot_frames, oxe)
 LAYOUTS = COMPLETE + WITHOUT_FINAL_OBSERVATIONS
 LAYOUT_NAMES = {
     **{layout: layout.__name__ for layout in LAYOUTS},
@@ -363,7 +368,8 @@ LAYOUT_NAMES = {
     minari: "minari",
     maniskill: "maniskill",
 }
-IN_FILES = [layout for layout in LAYOUTS if layout not in (trajectories, episodes_in_memory, hil_serl, sb3_infos, imitation)]
+LISTS = (trajectories, episodes_in_memory, hil_serl, lerobot_frames)
+IN_FILES = [layout for layout in LAYOUTS if layout not in (*LISTS, sb3_infos, imitation)]
 
 
 def each(layouts):
@@ -455,7 +461,7 @@ def change(data, path, function):
     return result
 
 
-NAMED = [layout for layout in LAYOUTS if layout not in (trajectories, episodes_in_memory, hil_serl)]
+NAMED = [layout for layout in LAYOUTS if layout not in LISTS]
 DAMAGES = {
     "dropped": lambda name, value: [],
     "renamed": lambda name, value: [("finished" if "i" in name else "foo", value)],
