@@ -4,18 +4,17 @@ import os
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import optuna
 import yaml
+from huggingface_sb3 import EnvironmentName
 from optuna.trial import TrialState
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
@@ -27,7 +26,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_flow.zoo import EVALUATED_WITH_NOISE
+from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
+from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for, read_conf_file
 from sb3_flow.zoo.runs import Run, SavedModel, lock, remove_unfinished, written_whole
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
@@ -129,10 +129,6 @@ class WholeEvaluations(EvalCallback):
         self.evaluations_successes = [success.tolist() for success in successes[: len(self.evaluations_timesteps)]]
 
 
-def _learn_both_phases(learn: Callable, offline_steps: int, total_timesteps: int, **kwargs) -> BaseAlgorithm:
-    return learn(total_timesteps - offline_steps, **kwargs)
-
-
 class _TrueZero(int):
     def __bool__(self) -> bool:
         return True
@@ -150,11 +146,13 @@ class FlowExperimentManager(ExperimentManager):
 
     def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
+        self.has_own_hyperparams = False
         self.deterministic_eval = self.deterministic_eval and self.algo not in EVALUATED_WITH_NOISE
         if self.trial_id == 0:
             # rl-zoo3 takes the first trial for none
             self.trial_id = _TrueZero()
-        self.study: optuna.Study | None = None
+        self.has_completed_trial = False
         self.run = run
         self.locks = ExitStack() if locks is None else locks
         #: Gradient steps that the timesteps of the run begin with
@@ -173,24 +171,57 @@ class FlowExperimentManager(ExperimentManager):
             self.seed = int(np.random.SeedSequence([self.seed, self.resumed_timesteps]).generate_state(1)[0])
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self.run is None:
-            return super().read_hyperparameters()
-        # A run has its own, whatever has become of the file that they are from. Its dataset may be elsewhere by now
-        moved = {name: value for name, value in (self.custom_hyperparams or {}).items() if name == "dataset"}
-        return self.run.config | moved, self.run.config | moved
+        """
+        Those of the run that is resumed. For a new one, the hyperparameters of the environment, else those of its namespace
+        (``default/dm_control``), else the default ones. Observations of dm_control, each a Dict, are flattened.
+        """
+        if self.run is not None:
+            # Whatever has become of the file that they are from. Its dataset may be elsewhere by now
+            moved = {name: value for name, value in (self.custom_hyperparams or {}).items() if name == "dataset"}
+            self.has_own_hyperparams = True
+            return self.run.config | moved, self.run.config | moved
+        env_name, blocks = self.env_name, read_conf_file(self.config)
+        namespace = gym.spec(env_name.gym_id).namespace
+        self.has_own_hyperparams = env_name.gym_id in blocks
+        self._is_atari = self._is_atari and "atari" in blocks
+        if not self.has_own_hyperparams and f"default/{namespace}" in blocks:
+            print(f"Using 'default/{namespace}' hyperparameters")
+            self.env_name = EnvironmentName(f"default/{namespace}")
+        try:
+            hyperparams, saved_hyperparams = super().read_hyperparameters()
+        finally:
+            self.env_name = env_name
+        if namespace == "dm_control" and "env_wrapper" not in hyperparams and "Mlp" in hyperparams.get("policy", ""):
+            print(f"Observations of dm_control are flattened: env_wrapper={FLATTEN!r}")
+            hyperparams["env_wrapper"] = saved_hyperparams["env_wrapper"] = FLATTEN
+        return hyperparams, saved_hyperparams
+
+    def _is_default(self, name: str) -> bool:
+        """Whether a hyperparameter was chosen neither for this environment nor for this run."""
+        return not self.has_own_hyperparams and name not in (self.custom_hyperparams or {})
+
+    def _preprocess_action_noise(
+        self, hyperparams: dict[str, Any], saved_hyperparams: dict[str, Any], env: VecEnv
+    ) -> dict[str, Any]:
+        # (here the observations are known for the first time)
+        policy = hyperparams.get("policy")
+        if self._is_default("policy") and isinstance(policy, str) and policy != policy_for(env.observation_space, policy):
+            hyperparams["policy"] = saved_hyperparams["policy"] = policy_for(env.observation_space, policy)
+            print(f"Policy for these observations: {hyperparams['policy']}")
+        return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
         self.offline_steps = hyperparams.get("offline_steps", 0) if self.run is None else self.run.offline_steps
-        is_offline_only = getattr(self.args, "n_timesteps", -1) == 0
+        if self.n_timesteps == 0:
+            # rl-zoo3 takes it for the number of the hyperparameters
+            hyperparams["n_timesteps"] = 0
         if self.offline_steps and self.optimize_hyperparameters and self.n_evaluations is None:
             # As rl-zoo3, one every 100,000 timesteps, but of both phases
-            is_given = self.n_timesteps > 0 or is_offline_only
-            n_timesteps = self.n_timesteps if is_given else int(hyperparams["n_timesteps"])
+            n_timesteps = self.n_timesteps if self.n_timesteps > 0 else int(hyperparams["n_timesteps"])
             self.n_evaluations = max(1, (self.offline_steps + n_timesteps) // 100_000)
         processed = super()._preprocess_hyperparams(hyperparams)
-        if is_offline_only:
-            # rl-zoo3 takes 0 for none given
-            self.n_timesteps = 0
+        if self.n_timesteps + self.offline_steps == 0:
+            raise ValueError("argument -n/--n-timesteps: 0 timesteps, and no `offline_steps`: there is nothing to learn")
         if not self._eval_env_kwargs_args:
             # rl-zoo3 forgets those of the YAML file
             self.eval_env_kwargs = self.env_kwargs
@@ -205,6 +236,8 @@ class FlowExperimentManager(ExperimentManager):
         # A model is to be continued with the statistics that were saved with it
         statistics = SavedModel.of(Path(self.trained_agent), self.env_name).statistics
         if not (self.continue_training and statistics.is_file()):
+            if self.normalize and self._is_default("normalize"):
+                self.normalize_kwargs |= normalization_for(env.observation_space)
             return super()._maybe_normalize(env, eval_env)
         env = VecNormalize.load(str(statistics), env)
         if eval_env:
@@ -343,57 +376,58 @@ class FlowExperimentManager(ExperimentManager):
     def objective(self, trial: optuna.Trial) -> float:
         # Which of the workers ran it
         trial.set_user_attr("pid", os.getpid())
-        return super().objective(trial)
+        value = super().objective(trial)
+        # (one of NaN fails)
+        self.has_completed_trial = self.has_completed_trial or not np.isnan(value)
+        return value
 
-    def _create_study(self, create_study: Callable[..., optuna.Study], **kwargs) -> optuna.Study:
-        """In a storage with a heartbeat, and with all of its ``max_total_trials`` done."""
-        if self.storage is None:
-            self.study = create_study(**kwargs)
-            return self.study
-        self.study = create_study(**{**kwargs, "storage": open_storage(self.storage)})
-        if self.study.trials:
+    def _run_shared_study(self) -> optuna.Study:
+        """
+        The trials of a study in a storage with a heartbeat: workers take over the trials of those that were killed.
+
+        :return: the study, with all of its ``max_total_trials`` done
+        """
+        assert self.storage is not None
+        study = optuna.create_study(
+            sampler=self._create_sampler(self.sampler),
+            pruner=self._create_pruner(self.pruner),
+            storage=open_storage(self.storage),
+            study_name=self.study_name,
+            load_if_exists=True,
+            direction="maximize",
+        )
+        if study.trials:
             # Not the same suggestions again
-            self.study.sampler.reseed_rng()
-        if self.max_total_trials is not None:
-            try:
-                optimize_together(self.study, self.objective, self.max_total_trials, self.n_jobs)
-            except KeyboardInterrupt:
-                pass
-            # rl-zoo3, which would not wait for the trials of other workers, has only the report to write
-            self.n_trials, self.max_total_trials = self.max_total_trials, 0
-        return self.study
+            study.sampler.reseed_rng()
+        try:
+            if self.max_total_trials is not None:
+                optimize_together(study, self.objective, self.max_total_trials, self.n_jobs)
+                self.n_trials = self.max_total_trials
+            else:
+                study.optimize(self.objective, n_jobs=self.n_jobs, n_trials=self.n_trials, gc_after_trial=True)
+        except KeyboardInterrupt:
+            pass
+        return study
 
     def hyperparameters_optimization(self) -> None:
-        """
-        A trial learns offline first, as a training does, and is evaluated and pruned along the way of both phases.
-        Workers that share a storage take over the trials of those that were killed.
-        """
-        algorithm = ALGOS[self.algo]
+        """A trial learns offline first, as a training does, and is evaluated and pruned along the way of both phases."""
         offline_steps = self._hyperparams.get("offline_steps", 0)
-
-        def create_model(**kwargs) -> BaseAlgorithm:
-            model = algorithm(**kwargs)
-            # rl-zoo3 has one number of timesteps, that of both phases
-            model.learn = partial(_learn_both_phases, model.learn, offline_steps)  # type: ignore[method-assign]
-            return model
-
         self.n_timesteps += offline_steps
-        with (
-            mock.patch.object(optuna, "create_study", partial(self._create_study, optuna.create_study)),
-            mock.patch.dict(ALGOS, {self.algo: create_model} if offline_steps else {}),
-        ):
+        study = None
+        with patches.timesteps_of_both_phases(self.algo, offline_steps):
+            if self.storage is not None:
+                study = self._run_shared_study()
+                # rl-zoo3 finds it finished, and writes the report
+                self.study_name, self.max_total_trials = study.study_name, 0
             try:
                 super().hyperparameters_optimization()
             except ValueError as error:
-                if self.study is None or self.study.get_trials(states=[TrialState.COMPLETE]):
+                if self.has_completed_trial or (study and study.get_trials(states=[TrialState.COMPLETE])):
                     raise
                 raise SystemExit("sb3-flow: error: no trial was completed: all were pruned or failed") from error
-        if self.storage is not None:
-            assert self.study is not None
-            number = self.study.best_trial.number
-            print(
-                f"The best trial is number {number}, to train with: --study-name {self.study.study_name} --trial-id {number}"
-            )
+        if study is not None:
+            number = study.best_trial.number
+            print(f"The best trial is number {number}, to train with: --study-name {study.study_name} --trial-id {number}")
 
     def learn(self, model: BaseAlgorithm) -> None:
         def learn(*args, **kwargs) -> BaseAlgorithm:

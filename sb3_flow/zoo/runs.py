@@ -23,7 +23,6 @@ import rl_zoo3.exp_manager
 import yaml
 from filelock import FileLock, Timeout
 from huggingface_sb3 import EnvironmentName
-from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -253,7 +252,12 @@ class Run:
     def _read_conf_file(self, conf_file: str) -> dict[str, Any]:
         """As rl-zoo3 does for a new run, with those of a trial on top."""
         options: dict[str, Any] = {name: self.args.get(name) for name in ("storage", "study_name", "trial_id", "env_kwargs")}
-        reader = ExperimentManager(argparse.Namespace(), self.algo, self.env, str(self.folder), config=conf_file, **options)
+        # Which imports this module
+        from sb3_flow.zoo.experiment import FlowExperimentManager
+
+        reader = FlowExperimentManager(
+            argparse.Namespace(), self.algo, self.env, str(self.folder), config=conf_file, **options
+        )
         with contextlib.redirect_stdout(None):
             return dict(reader.read_hyperparameters()[0])
 

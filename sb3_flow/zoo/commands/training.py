@@ -5,12 +5,9 @@ import contextlib
 import errno
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 from sb3_flow.zoo import FLOW_ALGOS, default_conf_file
 from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
@@ -25,6 +22,7 @@ def train() -> None:
     """rl-zoo3's train: our hyperparameters, checkpoints by default, and --resume."""
     import rl_zoo3.train
 
+    from sb3_flow.zoo import patches
     from sb3_flow.zoo.experiment import FlowExperimentManager
     from sb3_flow.zoo.runs import Run, RunIsFinished, find_run
 
@@ -68,9 +66,9 @@ def train() -> None:
     with contextlib.ExitStack() as locks:
         arguments: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if run is not None:
-            arguments = _rl_zoo3_arguments(run.defaults(), lambda parsed: locks.enter_context(run.resume(parsed)))
+            arguments = patches.train_arguments(run.defaults(), lambda parsed: locks.enter_context(run.resume(parsed)))
         manager = partial(FlowExperimentManager, run=run, locks=locks)
-        with arguments, mock.patch.object(rl_zoo3.train, "ExperimentManager", manager):
+        with arguments, patches.experiment_manager(manager):
             try:
                 if args.optimize_hyperparameters:
                     rl_zoo3.train.train()
@@ -83,22 +81,6 @@ def train() -> None:
                 if error.errno not in FULL:
                     raise
                 sys.exit(f"sb3-flow: error: {error}. Once there is space, --resume goes on from the last checkpoint")
-
-
-@contextlib.contextmanager
-def _rl_zoo3_arguments(defaults: dict[str, Any], check: Callable[[argparse.Namespace], Any]) -> Iterator[None]:
-    """rl-zoo3's train, which makes its own parser, parses with other defaults in the body, and what it parsed is checked."""
-    import rl_zoo3.train
-
-    class Parser(argparse.ArgumentParser):
-        def parse_args(self, *args, **kwargs):  # type: ignore[override]
-            self.set_defaults(**defaults)
-            parsed = super().parse_args(*args, **kwargs)
-            check(parsed)
-            return parsed
-
-    with mock.patch.object(rl_zoo3.train, "argparse", SimpleNamespace(ArgumentParser=Parser)):
-        yield
 
 
 @contextlib.contextmanager
