@@ -51,6 +51,8 @@ ZOO_DEFAULTS: dict[str, Any] = dict(n_envs=1, normalize=False, frame_stack=None,
 #: Hyperparameters that rl-zoo3 evaluates, if they are strings
 EVALUATED = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "normalize", "monitor_kwargs")
 
+#: Name of a checkpoint of SB3's ``CheckpointCallback``, as rl-zoo3 has them
+CHECKPOINT = re.compile(r"rl_model_(\d+)_steps\.zip")
 #: Beginning of the names of folders that hold what is not written whole yet
 UNFINISHED = ".unfinished_"
 
@@ -96,8 +98,8 @@ class SavedModel(NamedTuple):
         :param env_name: Name of the environment in the names of files
         :return: the model, with the paths where ``CheckpointCallback`` and rl-zoo3 save what belongs to it
         """
-        if match := re.fullmatch(r"rl_model_(\d+_steps)\.zip", path.name):
-            names = f"rl_model_vecnormalize_{match[1]}.pkl", f"rl_model_replay_buffer_{match[1]}.pkl"
+        if match := CHECKPOINT.fullmatch(path.name):
+            names = f"rl_model_vecnormalize_{match[1]}_steps.pkl", f"rl_model_replay_buffer_{match[1]}_steps.pkl"
         else:
             names = f"{env_name}/vecnormalize.pkl", "replay_buffer.pkl"
             if path.name == "best_model.zip" and path.with_name("best_model_vecnormalize.pkl").is_file():
@@ -107,7 +109,7 @@ class SavedModel(NamedTuple):
     @property
     def num_timesteps(self) -> float:
         """As in the name of a checkpoint, or in another model. Infinite if it cannot be read: that may be the latest."""
-        if match := re.fullmatch(r"rl_model_(\d+)_steps\.zip", self.path.name):
+        if match := CHECKPOINT.fullmatch(self.path.name):
             return int(match[1])
         try:
             with zipfile.ZipFile(self.path) as archive:
@@ -172,7 +174,7 @@ class Run:
 
     def defaults(self) -> dict[str, Any]:
         """
-        :return: its options, as defaults for a parser
+        :return: its options, as defaults for the parser of rl-zoo3
         """
         return {name: value for name, value in self.args.items() if name not in COMPARED_BY_CONTENT}
 
@@ -186,7 +188,7 @@ class Run:
         """
         found = []
         for name, value in self.defaults().items():
-            if name not in FREE_OPTIONS and hasattr(args, name) and not _same(getattr(args, name), value):
+            if name not in FREE_OPTIONS and not _same(getattr(args, name), value):
                 found.append(f"--{name.replace('_', '-')}: the run has {value!r}, given {getattr(args, name)!r}")
         if args.n_timesteps >= 0 and args.n_timesteps < self.n_timesteps:
             found.append(f"-n/--n-timesteps: the run has {self.n_timesteps}, given {args.n_timesteps}, which is not more")
@@ -263,8 +265,8 @@ class Run:
         """
         :return: its final model and its checkpoints, whether they load or not, the latest first
         """
-        paths = [self.final_model, *self.folder.glob("rl_model_*_steps.zip")]
-        models = [SavedModel.of(path, self.env_name) for path in paths if path.is_file()]
+        checkpoints = [path for path in self.folder.glob("*.zip") if CHECKPOINT.fullmatch(path.name)]
+        models = [SavedModel.of(path, self.env_name) for path in (self.final_model, *checkpoints) if path.is_file()]
         # The final model has learned from its last steps, a checkpoint has not
         return sorted(models, key=lambda model: (model.num_timesteps, model.path == self.final_model), reverse=True)
 
@@ -321,7 +323,7 @@ class Run:
             # Of what is given again when it is resumed
             warnings.simplefilter("ignore")
             model = algorithm.load(saved.path, device="cpu", **kwargs)
-        if saved.path.name.startswith("rl_model_") and saved.num_timesteps != model.num_timesteps:
+        if CHECKPOINT.fullmatch(saved.path.name) and saved.num_timesteps != model.num_timesteps:
             raise ValueError(f"it is a model of {model.num_timesteps} timesteps")
         if self.config.get("normalize") not in (None, False):
             load_pickle(saved.statistics, VecNormalize)
@@ -364,7 +366,8 @@ def run_folders(log_path: Path, env_name: str) -> list[Path]:
     uuid = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
     numbers = {}
     for path in log_path.glob("*"):
-        if match := re.fullmatch(rf"{re.escape(env_name)}_(\d+)(_{uuid})?", path.name):
+        match = re.fullmatch(rf"{re.escape(env_name)}_(\d+)(_{uuid})?", path.name)
+        if match and path.is_dir():
             # Those with a uuid do not count for the numbers of others
             command = path / env_name / "command.txt"
             numbers[path] = int(match[1]), command.stat().st_mtime if command.is_file() else 0.0

@@ -106,7 +106,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
         print("sb3-flow: interrupted", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if is_terminated else signal.SIGINT))
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
     if is_terminated:
         sys.exit(128 + signal.SIGTERM)
 
