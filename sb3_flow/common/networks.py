@@ -11,8 +11,8 @@ from torch import nn
 
 from sb3_flow.common.activations import TanhGELU
 from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_range, to_velocity
-from sb3_flow.common.in_place import EulerIntegrator, Prepared
-from sb3_flow.common.samplers import SAMPLERS, VelocityField
+from sb3_flow.common.in_place import FORWARD, EulerIntegrator, Memory, PlainMLP, euler_coefficients, is_plain, runs_in_place
+from sb3_flow.common.samplers import SAMPLERS, VelocityField, euler
 
 #: That of Flax
 LAYER_NORM_EPS = 1e-6
@@ -25,14 +25,12 @@ class TimestepEmbedding(nn.Module):
     :param embedding_dim: Number of features, even. 0 gives the time itself, as one feature (FQL).
     """
 
-    frequencies: th.Tensor
-
     def __init__(self, embedding_dim: int = 8):
         super().__init__()
         if embedding_dim < 0 or embedding_dim % 2 != 0:
             raise ValueError(f"`timestep_embedding_dim` must be even and not negative, it is {embedding_dim}")
+        self.embedding_dim = embedding_dim
         self.features_dim = embedding_dim or 1
-        self.register_buffer("frequencies", 2.0 ** th.arange(embedding_dim // 2), persistent=False)
 
     def forward(self, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -40,9 +38,9 @@ class TimestepEmbedding(nn.Module):
         :return: (..., features_dim)
         """
         timesteps = timesteps.unsqueeze(-1)
-        if len(self.frequencies) == 0:
+        if self.embedding_dim == 0:
             return timesteps
-        angles = timesteps * self.frequencies
+        angles = timesteps * 2.0 ** th.arange(self.embedding_dim // 2, dtype=timesteps.dtype, device=timesteps.device)
         return th.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -88,7 +86,7 @@ class FlowNetwork(nn.Module):
         assert isinstance(input_layer, nn.Linear)
         self.input_layer = input_layer
         self.layers = nn.Sequential(*layers)
-        self._prepared = Prepared()
+        self._memory = Memory()
 
     def forward_plain(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -101,7 +99,7 @@ class FlowNetwork(nn.Module):
         """
         features = features.unsqueeze(1).expand(-1, x.shape[1], -1)
         inputs = th.cat([features, x, self.timestep_embedding(timesteps)], dim=-1)
-        return self._add_skip_connection(self.output_scale * self.layers(self.input_layer(inputs)), x, timesteps)
+        return self._from_first_layer(self.input_layer(inputs.flatten(0, 1)), x, timesteps)
 
     def forward(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -112,11 +110,25 @@ class FlowNetwork(nn.Module):
         :param timesteps: (batch, n)
         :return: (batch, n, action_dim)
         """
+        if not self._has_plain_input_layer():
+            return self.forward_plain(features, x, timesteps)
         weight = self.input_layer.weight
         from_features = nn.functional.linear(features, weight[:, : self.features_dim], self.input_layer.bias)
         points = th.cat([x, self.timestep_embedding(timesteps)], dim=-1)
         hidden = from_features.unsqueeze(1) + nn.functional.linear(points, weight[:, self.features_dim :])
-        return self._add_skip_connection(self.output_scale * self.layers(hidden), x, timesteps)
+        return self._from_first_layer(hidden.flatten(0, 1), x, timesteps)
+
+    def _has_plain_input_layer(self) -> bool:
+        return type(self.input_layer) is nn.Linear and is_plain(self.input_layer)
+
+    def _from_first_layer(self, hidden: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        :param hidden: Output of the first layer, (batch * n, units): modules see points as a batch, as those of any MLP
+        :param x: (batch, n, action_dim)
+        :param timesteps: (batch, n)
+        :return: Output of the network, (batch, n, action_dim)
+        """
+        return self._add_skip_connection(self.output_scale * self.layers(hidden).view(x.shape), x, timesteps)
 
     def _add_skip_connection(self, output: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         if not self.skip_connection:
@@ -132,11 +144,20 @@ class FlowNetwork(nn.Module):
         :param n_flow_steps: Prepare for the times that a sampler with this number of steps visits
         :return: function of x, (batch, action_dim), and the time, a float
         """
+        earliest, latest = timestep_range(self.prediction_type)
+        if not (self._is_plain() and self._has_plain_input_layer()):
+
+            def plain_field(x: th.Tensor, t: float) -> th.Tensor:
+                t = min(max(t, earliest), latest)
+                output = self(features, x.unsqueeze(1), th.full_like(x[:, :1], t)).squeeze(1)
+                return to_velocity(output, x, t, self.prediction_type)
+
+            return plain_field
+
         first_action, first_time = self.features_dim, self.features_dim + self.action_dim
         weight = self.input_layer.weight
         weight_x, weight_t = weight[:, first_action:first_time].t(), weight[:, first_time:]
         from_features = nn.functional.linear(features, weight[:, :first_action], self.input_layer.bias)
-        earliest, latest = timestep_range(self.prediction_type)
 
         def from_features_and_times(times: list[float]) -> tuple[th.Tensor, ...]:
             embedding = self.timestep_embedding(features.new_tensor(times).clamp(earliest, latest))
@@ -174,18 +195,42 @@ class FlowNetwork(nn.Module):
         :param sigma: Standard deviation of the noise of one step, for the samplers that add one
         :return: (batch, action_dim)
         """
-        if sampler == "euler" and not th.is_grad_enabled() and len(self.layers) > 0:
-            with th.inference_mode():
-                integrator = self._prepared.get(EulerIntegrator, (self,), n_flow_steps)
-                actions = integrator(features, noise)
-            # An ordinary tensor again
-            return actions.clone(memory_format=th.contiguous_format)
+        integrate = SAMPLERS[sampler]
+        if integrate is euler and type(self.timestep_embedding) is TimestepEmbedding and runs_in_place(features, noise):
+            actions = self._euler_in_place(features, noise, n_flow_steps)
+            if actions is not None:
+                return actions
         field = self.velocity_field(features, n_flow_steps)
-        return SAMPLERS[sampler](field, noise, n_flow_steps, sigma, timestep_range(self.prediction_type))
+        return integrate(field, noise, n_flow_steps, sigma, timestep_range(self.prediction_type))
 
-    def train(self, mode: bool = True) -> "FlowNetwork":
-        self._prepared.clear()
-        return super().train(mode)
+    def _euler_in_place(self, features: th.Tensor, noise: th.Tensor, n_flow_steps: int) -> th.Tensor | None:
+        """:return: see :meth:`sample`, None if it is not possible"""
+        embedding = self.timestep_embedding
+        kind = (self.prediction_type, n_flow_steps, self.output_scale, self.skip_connection)
+        key = (kind, embedding.embedding_dim, noise.shape, noise.dtype, noise.device)
+        with th.inference_mode():
+            # Nobody else has it meanwhile
+            integrator = self._memory.pop(key, None)
+            if integrator is None or integrator.has_changed():
+                mlp = PlainMLP.find([self.input_layer, self.layers], noise.dtype, [self, embedding])
+                if mlp is None or len(mlp.activations) == 0:
+                    return None
+                times, scales = euler_coefficients(*kind)
+                integrator = EulerIntegrator(mlp, embedding(noise.new_tensor(times)), scales, len(noise))
+            actions = integrator(features, noise)
+        # An ordinary tensor again
+        actions = actions.clone(memory_format=th.contiguous_format)
+        self._memory.clear()
+        self._memory[key] = integrator
+        return actions
+
+    def _is_plain(self) -> bool:
+        """Whether calling this network is nothing but what is written here, but for the layers."""
+        return is_plain(self) and type(self.timestep_embedding) is TimestepEmbedding and is_plain(self.timestep_embedding)
+
+
+# A subclass is something else
+FORWARD.update({kind: kind.forward for kind in (TimestepEmbedding, FlowNetwork)})
 
 
 def lecun_uniform_init(module: nn.Module) -> None:

@@ -20,8 +20,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sb3_flow.common.activations import is_transformed
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
-from sb3_flow.common.in_place import InPlaceMLP, Prepared
+from sb3_flow.common.in_place import Memory, PlainMLP, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
@@ -146,7 +147,7 @@ class FlowPolicy(ActorCriticPolicy):
         self.ema_decay: float | None = None
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}
-        self._prepared = Prepared()
+        self._memory = Memory()
 
         super().__init__(
             observation_space,
@@ -170,6 +171,14 @@ class FlowPolicy(ActorCriticPolicy):
         if ema_decay is not None:
             self.create_ema(ema_decay)
 
+    def _build_mlp_extractor(self) -> None:
+        """
+        Create what is between the features and the networks: the layers of the value function. The flow network takes the
+        features as they are, unless a subclass creates an extractor with layers for it too.
+        """
+        vf_arch = self.net_arch.get("vf", []) if isinstance(self.net_arch, dict) else self.net_arch
+        self.mlp_extractor = MlpExtractor(self.features_dim, dict(pi=[], vf=vf_arch), self.activation_fn, device=self.device)
+
     def _build(self, lr_schedule: Schedule) -> None:
         """
         Create the networks and the optimizer.
@@ -177,20 +186,18 @@ class FlowPolicy(ActorCriticPolicy):
         :param lr_schedule: Learning rate schedule
             lr_schedule(1) is the initial learning rate
         """
-        net_arch = dict(pi=self.net_arch, vf=self.net_arch) if isinstance(self.net_arch, list) else self.net_arch
+        self._build_mlp_extractor()
+        net_arch = self.net_arch
         self.action_net = FlowNetwork(
-            self.features_dim,
+            self.mlp_extractor.latent_dim_pi,
             get_action_dim(self.action_space),
-            net_arch.get("pi", []),
+            net_arch.get("pi", []) if isinstance(net_arch, dict) else net_arch,
             self.activation_fn,
             self.timestep_embedding_dim,
             self.output_scale,
             self.skip_connection,
             self.prediction_type,
         )
-        # The actor takes the features as they are: this one only holds the layers of the value function
-        vf_arch: dict[str, list[int]] = dict(pi=[], vf=net_arch.get("vf", []))
-        self.mlp_extractor = MlpExtractor(self.features_dim, vf_arch, self.activation_fn, device=self.device)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
 
         if self.ortho_init:
@@ -275,11 +282,60 @@ class FlowPolicy(ActorCriticPolicy):
         self.ema.update_parameters(self._actor())
 
     def _actor(self) -> nn.ModuleList:
-        return nn.ModuleList([self.pi_features_extractor, self.action_net])
+        """What acts. The extractor between features and flow network is a part of it if it does something for it."""
+        features_extractor = self.features_extractor if self.share_features_extractor else self.pi_features_extractor
+        extractors = [] if _passes_features(self.mlp_extractor) else [self.mlp_extractor]
+        return nn.ModuleList([features_extractor, self.action_net, *extractors])
 
-    def _actor_and_critic_features(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    def _latent_pi_and_values(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param obs: Observation
+        :return: what the flow network takes, (batch, latent_dim_pi), and the estimated value, (batch, 1)
+        """
         features = self.extract_features(obs)
-        return (features, features) if isinstance(features, th.Tensor) else features
+        pi_features, vf_features = (features, features) if isinstance(features, th.Tensor) else features
+        value_mlp = self._value_mlp(vf_features.dtype) if runs_in_place(vf_features) else None
+        if value_mlp is not None:
+            return pi_features, value_mlp(vf_features)
+        if self.share_features_extractor:
+            latent_pi, latent_vf = self.mlp_extractor(pi_features)
+        else:
+            latent_pi, latent_vf = self.mlp_extractor.forward_actor(pi_features), self.mlp_extractor.forward_critic(vf_features)
+        return latent_pi, self.value_net(latent_vf)
+
+    def _value_mlp(self, dtype: th.dtype) -> PlainMLP | None:
+        """The value network as an MLP, None unless it is a plain one of the features."""
+        modules = self._modules
+        key = (modules["mlp_extractor"], modules["value_net"], dtype)
+        mlp = self._memory.get(key)
+        if mlp is None or mlp.has_changed():
+            self._memory.clear()
+            if not _passes_features(self.mlp_extractor):
+                return None
+            parents = [self.mlp_extractor, self.mlp_extractor.policy_net]
+            self._memory[key] = mlp = PlainMLP.find([self.mlp_extractor.value_net, self.value_net], dtype, parents)
+        return mlp
+
+    def _latent_pi(self, obs: PyTorchObs, actor: nn.ModuleList) -> th.Tensor:
+        """
+        :param obs: Observation
+        :param actor: The actor, or its moving average
+        :return: what its flow network takes, as :meth:`forward` computes it, (batch, latent_dim_pi)
+        """
+        features_extractor, _, *mlp_extractors = actor
+        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
+        for mlp_extractor in cast(list[MlpExtractor], mlp_extractors):
+            features = mlp_extractor(features)[0] if self.share_features_extractor else mlp_extractor.forward_actor(features)
+        return features
+
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Get the estimated values according to the current policy given the observations.
+
+        :param obs: Observation
+        :return: the estimated values, (batch, 1)
+        """
+        return self._latent_pi_and_values(obs)[1]
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
         """
@@ -291,35 +347,18 @@ class FlowPolicy(ActorCriticPolicy):
             in place of the log probability, which a flow policy does not need
         :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
         """
-        pi_features, vf_features = self._actor_and_critic_features(obs)
-        values = self._values(vf_features)
+        latent_pi, values = self._latent_pi_and_values(obs)
         if deterministic:
-            actions = self._sample(self.action_net, pi_features, deterministic)
+            actions = self._sample(self.action_net, latent_pi, deterministic)
         else:
-            actions = self._explore(pi_features, self._draw_noise(pi_features))
+            actions = self._explore(latent_pi, self._draw_noise(latent_pi))
         # (one number tells)
-        if not math.isfinite(actions.sum()):
+        if not is_transformed() and not math.isfinite(actions.sum()):
             obs_tensors = obs.values() if isinstance(obs, dict) else [obs]
             valid = all(bool(th.isfinite(tensor).all()) for tensor in obs_tensors)
             cause = "the weights of the policy are not finite, or too large" if valid else "NaN or inf in the observations"
             raise ValueError(f"The policy could not compute a finite action: {cause}")
-        return actions.reshape((-1, *self.action_space.shape)), values, values.new_zeros(len(values))  # type: ignore[misc]
-
-    def _values(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: (batch, features_dim)
-        :return: estimated value, (batch, 1)
-        """
-        if th.is_grad_enabled() or type(self.mlp_extractor) is not MlpExtractor:
-            return self.value_net(self.mlp_extractor.forward_critic(features))
-        with th.inference_mode():
-            values = self._prepared.get(_value_mlp, (self.mlp_extractor.value_net, self.value_net))(features.t())[:1]
-        # An ordinary tensor again
-        return values.t().clone()
-
-    def train(self, mode: bool = True) -> "FlowPolicy":
-        self._prepared.clear()
-        return super().train(mode)
+        return actions.reshape((-1, *self.action_space.shape)), values, values.new_zeros(values.shape[:1])  # type: ignore[misc]
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -333,9 +372,8 @@ class FlowPolicy(ActorCriticPolicy):
 
     def _predicting_actor(self, obs: PyTorchObs) -> tuple[FlowNetwork, th.Tensor]:
         """The flow network that predicts, and the features that it takes."""
-        features_extractor, action_net = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
-        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
-        return cast(FlowNetwork, action_net), features
+        actor = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
+        return cast(FlowNetwork, actor[1]), self._latent_pi(obs, actor)
 
     def velocity_field(self, obs: PyTorchObs) -> VelocityField:
         """
@@ -369,7 +407,7 @@ class FlowPolicy(ActorCriticPolicy):
         :param noise: Where to integrate from, (batch, n_actions, action_dim)
         :return: Raw actions, (batch, n_actions, action_dim)
         """
-        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, self.pi_features_extractor))
+        features = self._latent_pi(obs, self._actor())
         return self._explore(features.repeat_interleave(noise.shape[1], dim=0), noise.flatten(0, 1)).view(noise.shape)
 
     def _explore(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
@@ -406,11 +444,10 @@ class FlowPolicy(ActorCriticPolicy):
         :param timesteps: (batch, ...)
         :return: estimated value, (batch, 1), and output of the flow network, (batch, ..., action_dim)
         """
-        pi_features, vf_features = self._actor_and_critic_features(obs)
-        values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
+        latent_pi, values = self._latent_pi_and_values(obs)
         x_t = interpolate(actions, noise, timesteps)
         timesteps = timesteps.expand(x_t.shape[:-1])
-        output = self.action_net(pi_features, x_t.flatten(1, -2), timesteps.flatten(1))
+        output = self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1))
         return values, output.view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
@@ -483,9 +520,12 @@ class FlowPolicy(ActorCriticPolicy):
         return np.clip(action, self.action_space.low, self.action_space.high)
 
 
-def _value_mlp(hidden: nn.Sequential, last: nn.Linear) -> Callable[[th.Tensor], th.Tensor]:
-    first, *others = cast(list[nn.Linear], [*hidden, last])
-    return partial(InPlaceMLP([*others, nn.Identity()]), first.bias.unsqueeze(1), first.weight)
+def _passes_features(mlp_extractor: nn.Module) -> bool:
+    """Whether an extractor is SB3's, without layers for the actor."""
+    if type(mlp_extractor) is not MlpExtractor or not is_plain(mlp_extractor):
+        return False
+    policy_net = mlp_extractor.policy_net
+    return type(policy_net) is nn.Sequential and len(policy_net) == 0 and is_plain(policy_net)
 
 
 def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:
