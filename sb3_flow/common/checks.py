@@ -24,8 +24,23 @@ def to_int(name: str, value: Any, at_least: int | None = None) -> int:
     except TypeError:
         raise ValueError(f"`{name}` must be an integer, it is {value!r}") from None
     if at_least is not None and integer < at_least:
-        raise ValueError(f"`{name}` must be at least {at_least}, it is {value}")
+        raise ValueError(f"`{name}` must {f'be at least {at_least}' if at_least else 'not be negative'}, it is {value}")
     return integer
+
+
+def to_float(name: str, value: Any) -> float:
+    """
+    :param name: Name of the argument, for the error message
+    :param value: A number of any kind: of Python, NumPy or PyTorch
+    :return: the same as a ``float``
+    :raises ValueError: if it is not a number
+    """
+    try:
+        if isinstance(value, (bool, np.bool_, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"`{name}` must be a number, it is {value!r}") from None
 
 
 def to_net_arch(net_arch: Any, keys: tuple[str, str], name: str = "net_arch") -> list[int] | dict[str, list[int]]:

@@ -9,7 +9,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import nn
 
-from sb3_flow.common.activations import TanhGELU
+from sb3_flow.common.activations import ELEMENTWISE, TanhGELU
+from sb3_flow.common.checks import to_float, to_int
 from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_range, to_velocity
 from sb3_flow.common.in_place import FORWARD, EulerIntegrator, Memory, PlainMLP, euler_coefficients, is_plain, runs_in_place
 from sb3_flow.common.samplers import SAMPLERS, VelocityField, euler
@@ -27,6 +28,7 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, embedding_dim: int = 8):
         super().__init__()
+        embedding_dim = to_int("timestep_embedding_dim", embedding_dim)
         if embedding_dim < 0 or embedding_dim % 2 != 0:
             raise ValueError(f"`timestep_embedding_dim` must be even and not negative, it is {embedding_dim}")
         self.embedding_dim = embedding_dim
@@ -77,7 +79,7 @@ class FlowNetwork(nn.Module):
         super().__init__()
         self.features_dim = features_dim
         self.action_dim = action_dim
-        self.output_scale = output_scale
+        self.output_scale = to_float("output_scale", output_scale)
         self.skip_connection = skip_connection
         self.prediction_type = prediction_type
         self.timestep_embedding = TimestepEmbedding(timestep_embedding_dim)
@@ -268,7 +270,11 @@ class EnsembleMLP(nn.Module):
     ):
         super().__init__()
         sizes = [input_dim, *net_arch, 1]
-        self.activation = activation_fn()
+        first = activation_fn()
+        # One is enough if it has nothing of its own
+        self.activations = nn.ModuleList(
+            nn.ModuleList(first if type(first) in ELEMENTWISE else activation_fn() for _ in net_arch) for _ in range(n_members)
+        )
         self.layer_norm = layer_norm
         self.weights = nn.ParameterList(th.empty(n_members, n_in, n_out) for n_in, n_out in itertools.pairwise(sizes))
         self.biases = nn.ParameterList(th.zeros(n_members, 1, n_out) for n_out in sizes[1:])
@@ -283,16 +289,22 @@ class EnsembleMLP(nn.Module):
         :param inputs: (batch, input_dim), the same for all members
         :return: (n_members, batch)
         """
-        return self.forward_in_turn(inputs) if inputs.device.type == "cpu" else self.forward_batched(inputs)
+        on_cpu = inputs.device.type == "cpu"
+        return self.forward_batched(inputs) if not on_cpu and self._can_be_batched() else self.forward_in_turn(inputs)
+
+    def _can_be_batched(self) -> bool:
+        """Whether it makes no difference to an activation function what else is in its input."""
+        activations = [activation for member in self.activations for activation in member]  # type: ignore[union-attr]
+        return all(type(activation) in ELEMENTWISE and is_plain(activation) for activation in activations)
 
     def forward_batched(self, inputs: th.Tensor) -> th.Tensor:
-        """One batched matrix product for each layer, see :meth:`forward`."""
+        """One batched matrix product for each layer, see :meth:`forward`. Its activation functions are elementwise."""
         x = inputs.expand(len(self.weights[0]), -1, -1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = th.baddbmm(bias, x, weight)
             if layer < last:
-                x = self.activation(x)
+                x = self.activations[0][layer](x)  # type: ignore[index]
                 if self.layer_norm:
                     x = nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
                     x = th.addcmul(self.norm_biases[layer], x, self.norm_weights[layer])
@@ -309,7 +321,7 @@ class EnsembleMLP(nn.Module):
             for layer in range(len(weights)):
                 x = th.addmm(biases[layer][member], x, weights[layer][member])
                 if layer < last:
-                    x = self.activation(x)
+                    x = self.activations[member][layer](x)  # type: ignore[index]
                     if self.layer_norm:
                         scale, shift = norm_weights[layer][member][0], norm_biases[layer][member][0]
                         x = nn.functional.layer_norm(x, scale.shape, scale, shift, LAYER_NORM_EPS)

@@ -21,6 +21,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_flow.common.activations import is_transformed
+from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
+from sb3_flow.common.checks import to_float, to_int, to_net_arch
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
 from sb3_flow.common.in_place import Memory, PlainMLP, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
@@ -35,7 +37,7 @@ SQUASH_TYPES = ("tanh", "clip")
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
 
 
-class FlowPolicy(ActorCriticPolicy):
+class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     """
     Actor-critic policy whose actor is a flow: an action is sampled by integrating a learned
     velocity field from Gaussian noise (t = 1) to the action (t = 0). Used by FPO.
@@ -125,6 +127,8 @@ class FlowPolicy(ActorCriticPolicy):
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("squash_type", squash_type, SQUASH_TYPES)
         check_sampler(sampler, n_flow_steps, sampler_sigma)
+        action_scale = to_float("action_scale", action_scale)
+        action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
         if action_perturbation_std < 0:
@@ -136,13 +140,13 @@ class FlowPolicy(ActorCriticPolicy):
 
         # Needed by _build(), which the constructor of the parent calls
         self.lecun_init = lecun_init
-        self.n_flow_steps = n_flow_steps
+        self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
         self.prediction_type = prediction_type
-        self.timestep_embedding_dim = timestep_embedding_dim
-        self.output_scale = output_scale
+        self.timestep_embedding_dim = to_int("timestep_embedding_dim", timestep_embedding_dim)
+        self.output_scale = to_float("output_scale", output_scale)
         self.skip_connection = skip_connection
         self.sampler = sampler
-        self.sampler_sigma = sampler_sigma
+        self.sampler_sigma = to_float("sampler_sigma", sampler_sigma)
         self.action_perturbation_std = action_perturbation_std
         self.ema_decay: float | None = None
         # Arguments of the constructor that set_sampler() has changed
@@ -154,7 +158,7 @@ class FlowPolicy(ActorCriticPolicy):
             action_space,
             lr_schedule,
             # The flow needs hidden layers to bring its inputs together, also behind a CNN
-            dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else net_arch,
+            dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
             activation_fn,
             ortho_init,
             features_extractor_class=features_extractor_class,
@@ -254,8 +258,13 @@ class FlowPolicy(ActorCriticPolicy):
         n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
         sampler_sigma = self.sampler_sigma if sampler_sigma is None else sampler_sigma
         check_sampler(sampler, n_flow_steps, sampler_sigma)
-        self.sampler, self.n_flow_steps, self.sampler_sigma = sampler, int(n_flow_steps), sampler_sigma
-        self.changed_sampler = dict(sampler=sampler, n_flow_steps=int(n_flow_steps), sampler_sigma=sampler_sigma)
+        self.changed_sampler = dict(
+            sampler=sampler,
+            n_flow_steps=to_int("n_flow_steps", n_flow_steps),
+            sampler_sigma=to_float("sampler_sigma", sampler_sigma),
+        )
+        for name, value in self.changed_sampler.items():
+            setattr(self, name, value)
 
     def create_ema(self, ema_decay: float) -> None:
         """
@@ -264,10 +273,13 @@ class FlowPolicy(ActorCriticPolicy):
 
         :param ema_decay: Decay for one gradient step, in (0, 1)
         """
+        ema_decay = to_float("ema_decay", ema_decay)
         if not 0 < ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, it is {ema_decay}")
+        if self._overrides_extract_features():
+            raise ValueError("`ema_decay` must be None: `extract_features`, which is overridden, would not take the average's")
         self.ema_decay = ema_decay
-        self.ema = AveragedModel(self._actor(), multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        self.ema = AveragedModel(self._actor(), multi_avg_fn=partial(_average, decay=ema_decay), use_buffers=True)
         self.ema.requires_grad_(False)
 
     def update_ema(self, restart: bool = False) -> None:
@@ -275,14 +287,19 @@ class FlowPolicy(ActorCriticPolicy):
         Update the moving average, after a gradient step.
 
         :param restart: Forget the past: make the average equal to the actor
+        :raises ValueError: if the actor has other parameters by now
         """
         assert self.ema is not None, "create_ema() must be called first"
+        actor = self._actor()
+        shapes = [{name: x.shape for name, x in module.named_parameters()} for module in (self.ema.module, actor)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("The networks of the actor were replaced: call `create_ema()` again, for an average of the new ones")
         if restart:
             self.ema.n_averaged.zero_()
-        self.ema.update_parameters(self._actor())
+        self.ema.update_parameters(actor)
 
     def _actor(self) -> nn.ModuleList:
-        """What acts. The extractor between features and flow network is a part of it if it does something for it."""
+        """What acts, with the extractor between features and flow network if it has layers for it."""
         features_extractor = self.features_extractor if self.share_features_extractor else self.pi_features_extractor
         extractors = [] if _passes_features(self.mlp_extractor) else [self.mlp_extractor]
         return nn.ModuleList([features_extractor, self.action_net, *extractors])
@@ -293,12 +310,12 @@ class FlowPolicy(ActorCriticPolicy):
         :return: what the flow network takes, (batch, latent_dim_pi), and the estimated value, (batch, 1)
         """
         features = self.extract_features(obs)
-        pi_features, vf_features = (features, features) if isinstance(features, th.Tensor) else features
+        pi_features, vf_features = (features, features) if self.share_features_extractor else features
         value_mlp = self._value_mlp(vf_features.dtype) if runs_in_place(vf_features) else None
         if value_mlp is not None:
             return pi_features, value_mlp(vf_features)
         if self.share_features_extractor:
-            latent_pi, latent_vf = self.mlp_extractor(pi_features)
+            latent_pi, latent_vf = self.mlp_extractor(features)
         else:
             latent_pi, latent_vf = self.mlp_extractor.forward_actor(pi_features), self.mlp_extractor.forward_critic(vf_features)
         return latent_pi, self.value_net(latent_vf)
@@ -323,10 +340,18 @@ class FlowPolicy(ActorCriticPolicy):
         :return: what its flow network takes, as :meth:`forward` computes it, (batch, latent_dim_pi)
         """
         features_extractor, _, *mlp_extractors = actor
-        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
-        for mlp_extractor in cast(list[MlpExtractor], mlp_extractors):
-            features = mlp_extractor(features)[0] if self.share_features_extractor else mlp_extractor.forward_actor(features)
-        return features
+        if self._overrides_extract_features():
+            features = self.extract_features(obs)
+            features = features if self.share_features_extractor else features[0]
+        else:
+            features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
+        (mlp_extractor,) = cast(list[MlpExtractor], mlp_extractors or [self.mlp_extractor])
+        if _passes_features(mlp_extractor) and is_plain(mlp_extractor) and is_plain(mlp_extractor.policy_net):
+            return features
+        return mlp_extractor(features)[0] if self.share_features_extractor else mlp_extractor.forward_actor(features)
+
+    def _overrides_extract_features(self) -> bool:
+        return getattr(self.extract_features, "__func__", None) is not ActorCriticPolicy.extract_features
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -417,7 +442,7 @@ class FlowPolicy(ActorCriticPolicy):
         return actions
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
-        return th.randn((len(features), self.action_net.action_dim), device=features.device)
+        return th.randn((features.shape[0], self.action_net.action_dim), device=features.device)
 
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
@@ -426,7 +451,7 @@ class FlowPolicy(ActorCriticPolicy):
         :param deterministic: Whether to integrate from zero noise
         :return: Raw action, (batch, action_dim)
         """
-        noise = features.new_zeros((len(features), action_net.action_dim)) if deterministic else self._draw_noise(features)
+        noise = features.new_zeros((features.shape[0], action_net.action_dim)) if deterministic else self._draw_noise(features)
         sigma = 0.0 if deterministic else self.sampler_sigma
         return action_net.sample(features, noise, self.n_flow_steps, self.sampler, sigma)
 
@@ -462,11 +487,10 @@ class FlowPolicy(ActorCriticPolicy):
             actions, soft_bound = self.action_scale * actions, SOFT_BOUNDS[self.squash_type]
         else:
             assert isinstance(self.action_space, spaces.Box)
-            bounds = self.action_space.low, self.action_space.high
-            low, high = (th.as_tensor(bound).to(actions).flatten() for bound in bounds)
+            middle, half_range = (th.as_tensor(x).to(actions).flatten() for x in middle_and_half_range(self.action_space))
             # There is nothing to choose, and no loss, where the bounds are equal
-            half_distance = th.where(high > low, (high - low) / 2, th.inf)
-            actions, soft_bound = (actions - (low + high) / 2) / half_distance, SOFT_BOUNDS["clip"]
+            half_range = th.where(half_range > 0, half_range, th.inf)
+            actions, soft_bound = (actions - middle) / half_range, SOFT_BOUNDS["clip"]
         return nn.functional.relu(actions.abs() - soft_bound).square().sum(dim=-1)
 
     def log_squashing(self, actions: th.Tensor) -> th.Tensor:
@@ -513,19 +537,23 @@ class FlowPolicy(ActorCriticPolicy):
         """
         if not self.squash_output:
             return scaled_action
-        assert isinstance(self.action_space, spaces.Box)
         squash = np.tanh if self.squash_type == "tanh" else partial(np.clip, a_min=-1, a_max=1)
         action = super().unscale_action(squash(self.action_scale * scaled_action))
         # Rounding may put an action just outside
+        assert isinstance(self.action_space, spaces.Box)
         return np.clip(action, self.action_space.low, self.action_space.high)
 
 
 def _passes_features(mlp_extractor: nn.Module) -> bool:
     """Whether an extractor is SB3's, without layers for the actor."""
-    if type(mlp_extractor) is not MlpExtractor or not is_plain(mlp_extractor):
+    if type(mlp_extractor) is not MlpExtractor:
         return False
-    policy_net = mlp_extractor.policy_net
-    return type(policy_net) is nn.Sequential and len(policy_net) == 0 and is_plain(policy_net)
+    return type(mlp_extractor.policy_net) is nn.Sequential and len(mlp_extractor.policy_net) == 0
+
+
+def _average(averages: list[th.Tensor], values: list[th.Tensor], n_averaged: int, decay: float) -> None:
+    # (what this returns cannot be pickled)
+    get_ema_multi_avg_fn(decay)(averages, values, n_averaged)
 
 
 def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:
@@ -538,6 +566,8 @@ def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None
             f"`squash_output=True` needs an action space with finite bounds, it is {action_space}: "
             "use squash_output=False, or bound the actions"
         )
+    if squash_output:
+        warn_if_too_wide(action_space)
 
 
 class FlowCnnPolicy(FlowPolicy):
