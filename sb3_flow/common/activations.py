@@ -47,7 +47,9 @@ def tanh_gelu_(x: th.Tensor) -> th.Tensor:
 
 def _is_faster(x: th.Tensor) -> bool:
     return (
-        x.numel() >= FEW_ELEMENTS
+        # (first, as sizes may be symbols then)
+        not th.compiler.is_compiling()
+        and x.numel() >= FEW_ELEMENTS
         and x.device.type == "cpu"
         # Narrower ones overflow in between
         and x.dtype in (th.float32, th.float64)

@@ -34,7 +34,8 @@ def is_plain(module: nn.Module) -> bool:
         compiled, or is of a subclass, as what is parametrized or quantized is.
     """
     return (
-        FORWARD.get(type(module)) is type(module).forward
+        not th.compiler.is_compiling()
+        and FORWARD.get(type(module)) is type(module).forward
         # What is there in place of the method, or of the parameters
         and module.__dict__.keys().isdisjoint(("forward", "_compiled_call_impl", "weight", "bias"))
         and not any(_hooks(module))
@@ -113,7 +114,7 @@ class PlainMLP:
             [*map(len, self._attributes)],
             [*itertools.chain.from_iterable([children.values() for children in self._children])],
             [*map(id, parameters)],
-            [parameter.dtype for parameter in parameters],
+            [None if parameter is None else parameter.dtype for parameter in parameters],
         )
 
     def has_changed(self) -> bool:
