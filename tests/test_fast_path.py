@@ -61,12 +61,29 @@ class LoudSiLU(nn.SiLU):
         return 2 * super().forward(x)
 
 
-ARGUMENTS = {nn.Threshold: (0.1, -0.2)}
-KNOWN = [partial(kind, *ARGUMENTS.get(kind, ())) for kind in ELEMENTWISE] + [
-    partial(nn.LeakyReLU, 0.3), partial(nn.ELU, 0.7), partial(nn.GELU, "tanh"), partial(nn.SiLU, True), partial(nn.Hardtanh, -0.5, 0.5),
-]  # fmt: skip
-UNKNOWN = [UnitsTogether, Sine, Counting, LoudSiLU, nn.PReLU, nn.RReLU, nn.Dropout, partial(nn.Softmax, dim=1), partial(nn.Softmax, dim=-1),
-           partial(nn.LayerNorm, 6), partial(nn.BatchNorm1d, 6), lambda: nn.Sequential(nn.LayerNorm(6), nn.SiLU())]  # fmt: skip
+KNOWN = [
+    *(kind for kind in ELEMENTWISE if kind is not nn.Threshold),
+    partial(nn.Threshold, 0.1, -0.2),
+    partial(nn.LeakyReLU, 0.3),
+    partial(nn.ELU, 0.7),
+    partial(nn.GELU, "tanh"),
+    partial(nn.SiLU, True),
+    partial(nn.Hardtanh, -0.5, 0.5),
+]
+UNKNOWN = [
+    UnitsTogether,
+    Sine,
+    Counting,
+    LoudSiLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Dropout,
+    partial(nn.Softmax, dim=1),
+    partial(nn.Softmax, dim=-1),
+    partial(nn.LayerNorm, 6),
+    partial(nn.BatchNorm1d, 6),
+    lambda: nn.Sequential(nn.LayerNorm(6), nn.SiLU()),
+]
 
 
 def randomize(module: nn.Module, generator: np.random.Generator) -> None:
@@ -125,7 +142,16 @@ def in_inference_mode(module, rng):
         randomize(module, rng)
 
 
-CHANGES = [in_place, behind_autograd, other_storage, through_numpy, assign, there_and_back, in_inference_mode, same_vector_twice]
+CHANGES = [
+    in_place,
+    behind_autograd,
+    other_storage,
+    through_numpy,
+    assign,
+    there_and_back,
+    in_inference_mode,
+    same_vector_twice,
+]
 
 # --- Ways to change what a layer computes, each undone by what it returns
 
@@ -224,14 +250,16 @@ def hidden_parameter(layer):
 
 
 INTERVENTIONS = [
-    hook, pre_hook, backward_hook, global_hook, own_forward, other_class, patched_class, parametrized, with_old_weight_norm, pruned,
-    without_bias, another_parameter, tensor_in_place_of_parameter, hidden_parameter,
+    hook, pre_hook, backward_hook, global_hook, own_forward, other_class, patched_class, parametrized, with_old_weight_norm,
+    pruned, without_bias, another_parameter, tensor_in_place_of_parameter, hidden_parameter,
 ]  # fmt: skip
 
 # --- The flow network
 
 
-def plain_sample(network: FlowNetwork, features: th.Tensor, noise: th.Tensor, n_flow_steps: int, factor: float = 1.0) -> th.Tensor:
+def plain_sample(
+    network: FlowNetwork, features: th.Tensor, noise: th.Tensor, n_flow_steps: int, factor: float = 1.0
+) -> th.Tensor:
     """Euler's method, with the network called as any module is, one point at a time."""
     x = noise
     for t in sampler_grid(n_flow_steps):
@@ -271,16 +299,16 @@ flow_networks = st.fixed_dictionaries(
     which=st.integers(0, 10),
     seed=st.integers(0, 2**16),
 )
-def test_sample_is_the_plain_loop(
-    kwargs, batch_size, n_flow_steps, dtype, mode, training, change, intervention, which, seed
-):
+def test_sample_is_the_plain_loop(kwargs, batch_size, n_flow_steps, dtype, mode, training, change, intervention, which, seed):
     """Whatever the layers are, and whatever happens to them between two calls."""
     rng = np.random.default_rng(seed)
     th.manual_seed(seed)
     network = FlowNetwork(OBS_DIM, ACTION_DIM, **kwargs).to(dtype)
     randomize(network, rng)
     features, noise = (th.as_tensor(rng.normal(size=(batch_size, dim))).to(dtype) for dim in (OBS_DIM, ACTION_DIM))
-    points, times = th.as_tensor(rng.normal(size=(batch_size, 3, ACTION_DIM))).to(dtype), th.full((batch_size, 3), 0.4, dtype=dtype)
+    points, times = th.as_tensor(rng.normal(size=(batch_size, 3, ACTION_DIM))).to(dtype), th.full(
+        (batch_size, 3), 0.4, dtype=dtype
+    )
     network.example = features, points, times
     is_random = any(isinstance(module, (nn.Dropout, nn.RReLU, nn.BatchNorm1d)) for module in network.modules())
     network.train(training and not is_random)
@@ -314,6 +342,24 @@ def test_sample_is_the_plain_loop(
     th.testing.assert_close(alone, together[:1], **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+def test_intervention_between_two_calls(intervention, layer):
+    network = FlowNetwork(OBS_DIM, ACTION_DIM, [6, 6])
+    features, noise = th.randn(5, OBS_DIM), th.randn(5, ACTION_DIM)
+    with th.no_grad():
+        before = network.sample(features, noise, 3)
+        assert has_memory(network)
+        undo = intervention(find_all(network, nn.Linear)[layer])
+        actual = network.sample(features, noise, 3)
+        assert intervention is backward_hook or not th.allclose(actual, before, atol=1e-4)
+        th.testing.assert_close(actual, plain_sample(network, features, noise, 3), **TOLERANCE[th.float32])
+        undo()
+        th.testing.assert_close(
+            network.sample(features, noise, 3), plain_sample(network, features, noise, 3), **TOLERANCE[th.float32]
+        )
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     kwargs=flow_networks,
@@ -335,7 +381,9 @@ def test_hooks_on_whatever_there_is(kwargs, target, mode):
         expected = plain_sample(network, features, noise, 3, factor=1.5 if target == "network" else 1.0)
         th.testing.assert_close(actual, expected, **TOLERANCE[th.float32])
         handle.remove()
-        th.testing.assert_close(network.sample(features, noise, 3), plain_sample(network, features, noise, 3), rtol=1e-4, atol=2e-5)
+        th.testing.assert_close(
+            network.sample(features, noise, 3), plain_sample(network, features, noise, 3), rtol=1e-4, atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("activation_fn", KNOWN)
@@ -433,7 +481,9 @@ def test_function_transforms():
         tangent = th.randn_like(noise)
         _, derivative = th.func.jvp(lambda x: network.sample(features, x, 3), (noise,), (tangent,))
     step = 1e-3
-    difference = (network.sample(features, noise + step * tangent, 3) - network.sample(features, noise - step * tangent, 3)) / (2 * step)
+    difference = (
+        network.sample(features, noise + step * tangent, 3) - network.sample(features, noise - step * tangent, 3)
+    ) / (2 * step)
     th.testing.assert_close(derivative, difference, rtol=1e-2, atol=1e-2)
 
 
@@ -498,7 +548,9 @@ def check_actions(policy, obs_dim=OBS_DIM) -> np.ndarray:
     with th.no_grad():
         th.testing.assert_close(policy(obs, deterministic=True)[0], raw, rtol=1e-5, atol=1e-5)
         explored = policy.explore(obs, th.zeros(9, 2, ACTION_DIM))
-    assert np.allclose(policy.unscale_action(raw.numpy()), predicted, atol=1e-5) and np.allclose(alone, predicted[0], atol=1e-5)
+    assert np.allclose(policy.unscale_action(raw.numpy()), predicted, atol=1e-5) and np.allclose(
+        alone, predicted[0], atol=1e-5
+    )
     th.testing.assert_close(explored, raw.unsqueeze(1).expand(-1, 2, -1), rtol=1e-5, atol=1e-5)
     return predicted
 
@@ -594,31 +646,52 @@ def test_custom_mlp_extractor(policy_class, latent_dims, share, ema_decay, tmp_p
     assert not np.allclose(check_actions(policy), before)
     policy.save(tmp_path / "policy.pth")
     loaded = policy_class.load(tmp_path / "policy.pth", device="cpu")
-    assert np.array_equal(check_actions(loaded), check_actions(policy)) and th.equal(check_values(loaded), check_values(policy))
+    assert np.array_equal(check_actions(loaded), check_actions(policy)) and th.equal(
+        check_values(loaded), check_values(policy)
+    )
 
 
 def shift(module, inputs, output):
     return tuple(x + 0.7 for x in output) if isinstance(output, tuple) else output + 0.7
 
 
+def replace_by_another_kind(policy):
+    policy.value_net = nn.Bilinear(6, 6, 1)
+    policy.value_net.register_forward_pre_hook(lambda module, inputs: inputs * 2)
+
+
+def replace(*path):
+    """:param path: name of what is replaced, and a function of the policy that gives what is there instead"""
+    *parents, name, make = path
+
+    def function(policy):
+        module = policy
+        for parent in parents:
+            module = getattr(module, parent)
+        setattr(module, name, make(policy))
+
+    return function
+
+
 REPLACEMENTS = {
-    "value_net": lambda p: setattr(p, "value_net", nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 1))),
-    "value_net, normalised": lambda p: setattr(p, "value_net", nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1))),
-    "value_net, of another kind": lambda p: setattr(p, "value_net", nn.Bilinear(6, 6, 1)) or p.value_net.register_forward_pre_hook(
-        lambda module, inputs: inputs * 2),
-    "value layers": lambda p: setattr(p.mlp_extractor, "value_net", nn.Sequential(nn.Linear(4, 6), nn.Softmax(dim=-1))),
-    "one value layer": lambda p: p.mlp_extractor.value_net.__setitem__(0, nn.Linear(4, 6)),
-    "another value layer": lambda p: p.mlp_extractor.value_net.append(nn.Softplus()),
-    "extractor": lambda p: setattr(p, "mlp_extractor", MlpExtractor(4, dict(pi=[], vf=[5, 6]), nn.ReLU, device="cpu")),
-    "custom extractor": lambda p: setattr(p, "mlp_extractor", CustomNetwork(4, 4, 6)),
-    "hook on the extractor": lambda p: p.mlp_extractor.register_forward_hook(shift),
-    "hook on the value layers": lambda p: p.mlp_extractor.value_net.register_forward_hook(shift),
-    "hook on the value net": lambda p: p.value_net.register_forward_hook(shift),
-    "hook on the features": lambda p: p.features_extractor.register_forward_hook(shift),
-    "features": lambda p: setattr(p, "features_extractor", LearnedExtractor(p.observation_space)),
-    "compiled": lambda p: setattr(p.value_net, "_compiled_call_impl", lambda x: p.value_net.forward(x) + 0.4),
-    "own method": lambda p: setattr(p.mlp_extractor, "forward", lambda features: (features, 2 * p.mlp_extractor.forward_critic(features))),
-}  # fmt: skip
+    "value_net": replace("value_net", lambda _: nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 1))),
+    "value_net, normalised": replace("value_net", lambda _: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1))),
+    "value_net, of another kind": replace_by_another_kind,
+    "value layers": replace("mlp_extractor", "value_net", lambda _: nn.Sequential(nn.Linear(4, 6), nn.Softmax(dim=-1))),
+    "one value layer": lambda policy: policy.mlp_extractor.value_net.__setitem__(0, nn.Linear(4, 6)),
+    "another value layer": lambda policy: policy.mlp_extractor.value_net.append(nn.Softplus()),
+    "extractor": replace("mlp_extractor", lambda _: MlpExtractor(4, dict(pi=[], vf=[5, 6]), nn.ReLU, device="cpu")),
+    "custom extractor": replace("mlp_extractor", lambda _: CustomNetwork(4, 4, 6)),
+    "hook on the extractor": lambda policy: policy.mlp_extractor.register_forward_hook(shift),
+    "hook on the value layers": lambda policy: policy.mlp_extractor.value_net.register_forward_hook(shift),
+    "hook on the value net": lambda policy: policy.value_net.register_forward_hook(shift),
+    "hook on the features": lambda policy: policy.features_extractor.register_forward_hook(shift),
+    "features": replace("features_extractor", lambda policy: LearnedExtractor(policy.observation_space)),
+    "compiled": replace("value_net", "_compiled_call_impl", lambda p: lambda x: p.value_net.forward(x) + 0.4),
+    "own method": replace(
+        "mlp_extractor", "forward", lambda p: lambda features: (features, 2 * p.mlp_extractor.forward_critic(features))
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
@@ -650,7 +723,9 @@ class ScaledFeatures(MlpPolicy):
 def test_overridden_extract_features():
     policy, plain = make_policy(ScaledFeatures), make_policy()
     plain.load_state_dict(policy.state_dict())
-    assert not th.allclose(check_values(policy), check_values(plain)) and not np.allclose(check_actions(policy), check_actions(plain))
+    assert not th.allclose(check_values(policy), check_values(plain)) and not np.allclose(
+        check_actions(policy), check_actions(plain)
+    )
     with pytest.raises(ValueError, match="`ema_decay` must be None: `extract_features`"):
         make_policy(ScaledFeatures, ema_decay=0.9)
 
@@ -716,7 +791,9 @@ def test_ensemble_in_turn_and_batched(activation_fn, net_arch, layer_norm, batch
                                                  ensemble.norm_biases[layer][member, 0], 1e-6)  # fmt: skip
         th.testing.assert_close(in_turn[member], x.squeeze(1), rtol=1e-4, atol=1e-5)
     parameters = [parameter for activations in ensemble.activations for parameter in activations.parameters()]
-    assert len({id(parameter) for parameter in parameters}) == n_members * len(net_arch) * len(list(activation_fn().parameters()))
+    assert len({id(parameter) for parameter in parameters}) == n_members * len(net_arch) * len(
+        list(activation_fn().parameters())
+    )
 
 
 def test_hook_on_an_activation_of_the_critics():

@@ -42,7 +42,7 @@ def tanh_gelu_(x: th.Tensor) -> th.Tensor:
     :param x: overwritten with the result
     :return: x
     """
-    return _tanh_gelu(x, out=x) if _is_faster(x) else th._C._nn.gelu_(x, approximate="tanh")
+    return _tanh_gelu(x, out=x) if _is_faster(x) else th._C._nn.gelu_(x, approximate="tanh")  # type: ignore[attr-defined]
 
 
 def _is_faster(x: th.Tensor) -> bool:

@@ -26,7 +26,7 @@ def warn_if_too_wide(action_space: spaces.Box) -> None:
         overflows = ~np.isfinite(action_space.high - action_space.low)
     if overflows.any():
         warnings.warn(
-            f"The bounds of the action space are so wide that their difference overflows in {action_space.dtype}: {action_space}. "
+            f"The bounds of the action space are so wide that their difference overflows: {action_space}. "
             "Actions are rescaled to them, and most will be of their size: give the bounds of what the environment can use"
         )
 

@@ -39,7 +39,7 @@ def to_float(name: str, value: Any) -> float:
         if isinstance(value, (bool, np.bool_, str)):
             raise TypeError
         return float(value)
-    except (TypeError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"`{name}` must be a number, it is {value!r}") from None
 
 
@@ -54,7 +54,9 @@ def to_net_arch(net_arch: Any, keys: tuple[str, str], name: str = "net_arch") ->
     if isinstance(net_arch, Mapping):
         unknown = set(net_arch) - set(keys)
         if unknown:
-            raise ValueError(f"`{name}` has unknown keys {sorted(map(str, unknown))}, they must be {' and '.join(map(repr, keys))}")
+            raise ValueError(
+                f"`{name}` has unknown keys {sorted(map(str, unknown))}, they must be {' and '.join(map(repr, keys))}"
+            )
         return {key: to_net_arch(units, keys, f"{name}[{key!r}]") for key, units in net_arch.items()}  # type: ignore[misc]
     if isinstance(net_arch, str) or not isinstance(net_arch, Iterable):
         raise ValueError(f"`{name}` must be a list of the units of each layer, it is {net_arch!r}")

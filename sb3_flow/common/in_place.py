@@ -8,7 +8,7 @@ This stands in for modules that are called one after the other, where it cannot 
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 from stable_baselines3.common.torch_layers import MlpExtractor
@@ -20,7 +20,12 @@ from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_ra
 
 Activation = Callable[[th.Tensor], th.Tensor]
 #: Modules whose computation is known, with their ``forward`` (which somebody may replace)
-FORWARD: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.Sequential, MlpExtractor, *ELEMENTWISE)}
+FORWARD: dict[type, Any] = {
+    nn.Linear: nn.Linear.forward,
+    nn.Sequential: nn.Sequential.forward,
+    MlpExtractor: MlpExtractor.forward,
+    **{kind: kind.forward for kind in ELEMENTWISE},
+}
 
 
 def _hooks(module: nn.Module) -> tuple[dict, ...]:
@@ -70,8 +75,9 @@ class PlainMLP:
 
     def __init__(self, parents: Sequence[nn.Module], layers: Sequence[nn.Module]):
         linears, functions = layers[::2], layers[1::2]
-        self.weights = [linear._parameters["weight"] for linear in linears]
-        self.biases = [linear._parameters["bias"] for linear in linears]
+        self.weights, self.biases = (
+            [cast(nn.Parameter, linear._parameters[name]) for linear in linears] for name in ("weight", "bias")
+        )
         #: They write over their argument
         self.activations = [ELEMENTWISE[type(function)] or partial(_overwrite, function) for function in functions]
         # What tells whether anything has changed, to be compared in few calls too
@@ -105,12 +111,12 @@ class PlainMLP:
         return PlainMLP([*parents, *(part for part in parts if type(part) is nn.Sequential)], layers)
 
     def _get_state(self) -> tuple[list, ...]:
-        kinds = [*map(type, self._modules)]
+        kinds: list[Any] = [*map(type, self._modules)]
         parameters = [*itertools.chain.from_iterable([parameters.values() for parameters in self._parameters])]
         return (
             kinds,
             [kind.forward for kind in kinds],
-            # As there is one more if one of them hides something else
+            # One more if one of them hides something else
             [*map(len, self._attributes)],
             [*itertools.chain.from_iterable([children.values() for children in self._children])],
             [*map(id, parameters)],
@@ -150,8 +156,8 @@ class EulerIntegrator:
 
     The velocity is affine in x and in the output of the MLP: a step is x <- beta x + alpha output, and the last layer adds its
     output to x by itself. A column is one of the batch: products with few outputs, as those of actions, are faster this way.
-    And so are biases that are a column of the weights, of inputs that are always one: behind the outputs of each layer there is
-    a row of ones.
+    And so are biases that are a column of the weights, of inputs that are always one: behind the outputs of each layer there
+    is a row of ones.
 
     :param mlp: The MLP, of at least two layers
     :param times: Features of the times of the steps, (n_flow_steps, times_dim)
@@ -168,8 +174,7 @@ class EulerIntegrator:
         self.weight_features, weight_rest = mlp.weights[0].detach().tensor_split([1 - n_inputs], dim=1)
         self.data_ptr = mlp.weights[0].data_ptr()
 
-        # The first layer: what is multiplied with x, the features of the time and one becomes, for each step, what is multiplied
-        # with x and one
+        # The first layer: weights of x, the features of the time and one become, for each step, weights of x and one
         weight = times.new_empty(hidden[0], n_inputs)
         to_steps = times.new_zeros(n_inputs, n_steps, action_dim + 1)
         to_steps[:action_dim, :, :action_dim] = th.eye(action_dim, device=times.device).unsqueeze(1)
@@ -178,7 +183,7 @@ class EulerIntegrator:
         first = times.new_empty(hidden[0], n_steps * (action_dim + 1))
         self.first = weight, to_steps.flatten(1), first
         # The last, times alpha
-        weights = [times.new_empty(len(bias), weight.shape[1] + 1) for weight, bias in zip(mlp.weights[1:], mlp.biases[1:])]
+        weights = [weight.new_empty(weight.shape[0], weight.shape[1] + 1) for weight in mlp.weights[1:]]
         alphas = times.new_tensor([alpha for alpha, _ in scales]).view(-1, 1, 1)
         last = alphas * weights[-1]
         self.last = alphas, weights[-1], last

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import cast
 
 import torch as th
 from gymnasium import spaces
@@ -294,7 +295,7 @@ class EnsembleMLP(nn.Module):
 
     def _can_be_batched(self) -> bool:
         """Whether it makes no difference to an activation function what else is in its input."""
-        activations = [activation for member in self.activations for activation in member]  # type: ignore[union-attr]
+        activations = itertools.chain.from_iterable(cast(list[nn.ModuleList], self.activations))
         return all(type(activation) in ELEMENTWISE and is_plain(activation) for activation in activations)
 
     def forward_batched(self, inputs: th.Tensor) -> th.Tensor:

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -293,7 +292,9 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         actor = self._actor()
         shapes = [{name: x.shape for name, x in module.named_parameters()} for module in (self.ema.module, actor)]
         if shapes[0] != shapes[1]:
-            raise ValueError("The networks of the actor were replaced: call `create_ema()` again, for an average of the new ones")
+            raise ValueError(
+                "The networks of the actor were replaced: call `create_ema()` again, for an average of the new ones"
+            )
         if restart:
             self.ema.n_averaged.zero_()
         self.ema.update_parameters(actor)
@@ -309,7 +310,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :param obs: Observation
         :return: what the flow network takes, (batch, latent_dim_pi), and the estimated value, (batch, 1)
         """
-        features = self.extract_features(obs)
+        features: Any = self.extract_features(obs)
         pi_features, vf_features = (features, features) if self.share_features_extractor else features
         value_mlp = self._value_mlp(vf_features.dtype) if runs_in_place(vf_features) else None
         if value_mlp is not None:
@@ -317,7 +318,9 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         if self.share_features_extractor:
             latent_pi, latent_vf = self.mlp_extractor(features)
         else:
-            latent_pi, latent_vf = self.mlp_extractor.forward_actor(pi_features), self.mlp_extractor.forward_critic(vf_features)
+            latent_pi, latent_vf = self.mlp_extractor.forward_actor(pi_features), self.mlp_extractor.forward_critic(
+                vf_features
+            )
         return latent_pi, self.value_net(latent_vf)
 
     def _value_mlp(self, dtype: th.dtype) -> PlainMLP | None:
@@ -340,6 +343,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :return: what its flow network takes, as :meth:`forward` computes it, (batch, latent_dim_pi)
         """
         features_extractor, _, *mlp_extractors = actor
+        features: Any
         if self._overrides_extract_features():
             features = self.extract_features(obs)
             features = features if self.share_features_extractor else features[0]
