@@ -156,8 +156,8 @@ class EulerIntegrator:
 
     The velocity is affine in x and in the output of the MLP: a step is x <- beta x + alpha output, and the last layer adds its
     output to x by itself. A column is one of the batch: products with few outputs, as those of actions, are faster this way.
-    And so are biases that are a column of the weights, of inputs that are always one: behind the outputs of each layer there
-    is a row of ones.
+    And so are biases that are a column of the weights, of inputs that are always one: there is a row of ones behind the inputs
+    of each layer.
 
     :param mlp: The MLP, of at least two layers
     :param times: Features of the times of the steps, (n_flow_steps, times_dim)
@@ -169,36 +169,42 @@ class EulerIntegrator:
         self.mlp = mlp
         *hidden, action_dim = (len(bias) for bias in mlp.biases)
         n_steps, times_dim = times.shape
-        n_inputs = action_dim + times_dim + 1
+        n_inputs = action_dim + times_dim
         # Views, see has_changed()
-        self.weight_features, weight_rest = mlp.weights[0].detach().tensor_split([1 - n_inputs], dim=1)
+        self.weight_features, weight = mlp.weights[0].detach().tensor_split([-n_inputs], dim=1)
         self.data_ptr = mlp.weights[0].data_ptr()
-
-        # The first layer: weights of x, the features of the time and one become, for each step, weights of x and one
-        weight = times.new_empty(hidden[0], n_inputs)
-        to_steps = times.new_zeros(n_inputs, n_steps, action_dim + 1)
-        to_steps[:action_dim, :, :action_dim] = th.eye(action_dim, device=times.device).unsqueeze(1)
-        to_steps[action_dim:-1, :, -1] = times.t()
-        to_steps[-1, :, -1] = 1.0
-        first = times.new_empty(hidden[0], n_steps * (action_dim + 1))
-        self.first = weight, to_steps.flatten(1), first
-        # The last, times alpha
-        weights = [weight.new_empty(weight.shape[0], weight.shape[1] + 1) for weight in mlp.weights[1:]]
-        alphas = times.new_tensor([alpha for alpha, _ in scales]).view(-1, 1, 1)
-        last = alphas * weights[-1]
-        self.last = alphas, weights[-1], last
-        self.steps = list(zip(first.split(action_dim + 1, dim=1), last.unbind(), [beta for _, beta in scales], strict=True))
-
-        self.copies = [view for copy in (weight, *weights) for view in (copy[:, :-1], copy[:, -1])]
-        self.parameters = [weight_rest, mlp.biases[0]]
-        self.parameters += [parameter for layer in zip(mlp.weights[1:], mlp.biases[1:], strict=True) for parameter in layer]
-
         self.from_features = times.new_empty(hidden[0], batch_size)
-        self.x_and_one, *outputs_and_one = (times.new_ones(size + 1, batch_size) for size in (action_dim, *hidden))
-        self.x, self.output, *outputs = (with_one[:-1] for with_one in (self.x_and_one, *outputs_and_one))
-        self.activation, *activations = mlp.activations
-        self.hidden = list(zip(weights[:-1], outputs_and_one[:-1], outputs, activations, strict=True))
-        self.last_output = outputs_and_one[-1]
+
+        # Copies of the weights with their biases, and of the last ones times alpha, which may be the same for all steps
+        weights = [weight, *mlp.weights[1:]]
+        copies = [times.new_empty(weight.shape[0], weight.shape[1] + 1) for weight in weights]
+        self.copies = [view for copy in copies for view in (copy[:, :-1], copy[:, -1])]
+        self.parameters = [parameter for layer in zip(weights, mlp.biases, strict=True) for parameter in layer]
+        first, *others, self.last = copies
+        alphas = times.new_tensor([alpha for alpha, _ in scales])
+        self.alphas = alphas.view(-1, 1, 1)[: 1 if (alphas == alphas[0]).all() else n_steps]
+        self.scaled_last = self.alphas * self.last
+        lasts = self.scaled_last.expand(n_steps, -1, -1).unbind()
+
+        # The inputs of each step, (x, features of the time, one), in which only x changes, and the x that it leads to
+        inputs = times.new_ones(n_steps, n_inputs + 1, batch_size)
+        inputs[:, action_dim:-1] = times.unsqueeze(-1)
+        self.x, *next_xs = *(step[:action_dim] for step in inputs), times.new_empty(action_dim, batch_size)
+        self.result = next_xs[-1]
+        outputs_and_one = [times.new_ones(size + 1, batch_size) for size in hidden]
+        outputs = [output[:-1] for output in outputs_and_one]
+
+        # All are about the same memory
+        self.calls: list[Callable[[], Any]] = []
+        x = self.x
+        for step, last, (_, beta), next_x in zip(inputs, lasts, scales, next_xs, strict=True):
+            self.calls.append(partial(th.addmm, self.from_features, first, step, out=outputs[0]))
+            self.calls.append(partial(mlp.activations[0], outputs[0]))
+            for index, weight in enumerate(others):
+                self.calls.append(partial(th.mm, weight, outputs_and_one[index], out=outputs[index + 1]))
+                self.calls.append(partial(mlp.activations[index + 1], outputs[index + 1]))
+            self.calls.append(partial(th.addmm, x, last, outputs_and_one[-1], beta=beta, out=next_x))
+            x = next_x
 
     def has_changed(self) -> bool:
         """:return: whether it must be made again"""
@@ -211,22 +217,12 @@ class EulerIntegrator:
         :return: (batch, action_dim), overwritten by the next call
         """
         th._foreach_copy_(self.copies, self.parameters)
-        weight, to_steps, first = self.first
-        th.mm(weight, to_steps, out=first)
-        alphas, weight, last = self.last
-        th.mul(alphas, weight, out=last)
-        from_features = th.mm(self.weight_features, features.t(), out=self.from_features)
-        x, x_and_one, output, activation, hidden = self.x, self.x_and_one, self.output, self.activation, self.hidden
-        last_output = self.last_output
-        x.copy_(noise.t())
-        for first, last, beta in self.steps:
-            activation(th.addmm(from_features, first, x_and_one, out=output))
-            for weight, inputs, outputs, function in hidden:
-                function(th.mm(weight, inputs, out=outputs))
-            if beta != 1.0:
-                x.mul_(beta)
-            x.addmm_(last, last_output)
-        return x.t()
+        th.mul(self.alphas, self.last, out=self.scaled_last)
+        th.mm(self.weight_features, features.t(), out=self.from_features)
+        self.x.copy_(noise.t())
+        for call in self.calls:
+            call()
+        return self.result.t()
 
 
 @lru_cache
