@@ -26,6 +26,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
+from sb3_flow.common.checks import to_int
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
@@ -178,7 +179,7 @@ class FQL(OffPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
-            seed=seed,
+            seed=None if seed is None else to_int("seed", seed),
             sde_support=False,
             supported_action_spaces=(spaces.Box,),
             support_multi_env=True,
@@ -209,11 +210,18 @@ class FQL(OffPolicyAlgorithm):
     def _check_arguments(self) -> None:
         check_reward_arguments(**self._reward_arguments)
         check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
-        for name in ("alpha", "offline_steps", "random_crop"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, it is {self.batch_size}")
+        integers = dict(
+            offline_steps=0, random_crop=0, batch_size=1, buffer_size=0, learning_starts=0, gradient_steps=-1, n_steps=1
+        )
+        for name, at_least in integers.items():
+            setattr(self, name, to_int(name, getattr(self, name), at_least))
+        if isinstance(self.train_freq, (tuple, list)):
+            frequency, unit = self.train_freq
+            self.train_freq = (to_int("train_freq", frequency, at_least=1), unit)
+        else:
+            self.train_freq = to_int("train_freq", self.train_freq, at_least=1)
+        if not self.alpha >= 0:
+            raise ValueError(f"`alpha` must not be negative, it is {self.alpha}")
         if not 0 <= self.random_crop_probability <= 1:
             raise ValueError(f"`random_crop_probability` must be in [0, 1], it is {self.random_crop_probability}")
         assert isinstance(self.action_space, spaces.Box)
