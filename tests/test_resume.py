@@ -732,6 +732,10 @@ def test_run_of_a_trial_resumes(capsys):
     sb3_flow_main("optimize", *study, "--n-trials", 1, "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots", *params)
     sb3_flow_main("train", *study, "--trial-id", 0, "--save-freq", 20, "--eval-freq", -1, *params)
     run = Path("logs/fql/Pendulum-v1_1")
+    # The same file again is no other option
+    capsys.readouterr()
+    sb3_flow_main("train", *study, "--trial-id", 0, "-conf", sb3_flow.zoo.default_conf_file("fql"), "--resume")
+    assert "is finished" in capsys.readouterr().out
     gamma = FQL.load(run / "Pendulum-v1.zip").gamma
     (run / "Pendulum-v1.zip").unlink()
     (run / "rl_model_40_steps.zip").unlink()
@@ -776,7 +780,7 @@ def test_other_runs_resume(algo, capsys):
         for path in buffers:
             path.unlink()
         capsys.readouterr()
-        sb3_flow_main(*train, "--resume")
+        sb3_flow_main(*train, *conf, "--resume")
     out = capsys.readouterr().out
     assert "after 64 of 128 timesteps" in out and (f"{run}/rl_model_64_steps.zip had collected is lost" in out) == (
         algo == "sac"

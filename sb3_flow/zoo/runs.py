@@ -250,7 +250,7 @@ class Run:
         return ZOO_DEFAULTS.get(name, default)
 
     def _read_conf_file(self, conf_file: str) -> dict[str, Any]:
-        """As rl-zoo3 does for a new run, with those of a trial on top."""
+        """As for a new run, with those of a trial on top."""
         options: dict[str, Any] = {name: self.args.get(name) for name in ("storage", "study_name", "trial_id", "env_kwargs")}
         # Which imports this module
         from sb3_flow.zoo.experiment import FlowExperimentManager
@@ -259,7 +259,11 @@ class Run:
             argparse.Namespace(), self.algo, self.env, str(self.folder), config=conf_file, **options
         )
         with contextlib.redirect_stdout(None):
-            return dict(reader.read_hyperparameters()[0])
+            hyperparams = dict(reader.read_hyperparameters()[0])
+        if not reader.has_own_hyperparams:
+            # Made to fit the observations, which are not known here
+            hyperparams["policy"] = self.config["policy"]
+        return hyperparams
 
     def saved_models(self) -> list[SavedModel]:
         """
