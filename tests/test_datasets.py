@@ -174,7 +174,7 @@ def test_replay_buffer(tmp_path, full):
 
     with open(tmp_path / "other.pkl", "wb") as file:
         pickle.dump({}, file)
-    with pytest.raises(ValueError, match="must hold a replay buffer, not a dict"):
+    with pytest.raises(ValueError, match="has no 'observations', 'actions'"):
         load_dataset(tmp_path / "other.pkl", allow_pickle=True)
     with open(tmp_path / "buffer.pkl", "wb") as file:
         pickle.dump(buffer, file)

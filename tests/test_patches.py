@@ -146,7 +146,7 @@ def test_without_replay_buffer_needs_one():
 def test_timesteps_of_both_phases(monkeypatch):
     """A trial learns for as many timesteps as it is evaluated along: offline_steps would come on top."""
     np.savez("data.npz", observations=np.zeros((9, 3)), next_observations=np.ones((9, 3)), rewards=np.zeros(9),
-             actions=np.zeros((9, 1)))  # fmt: skip
+             actions=np.zeros((9, 1)), terminated=np.ones(9))  # fmt: skip
     learned = []
     manager = FlowExperimentManager(
         argparse.Namespace(), "fql", "Pendulum-v1", "logs", n_timesteps=4, optimize_hyperparameters=True, n_evaluations=1,
@@ -298,7 +298,7 @@ def test_mujoco_warnings_keep_what_dm_control_installs():
         mujoco.set_mju_user_warning(former)
 
 
-@pytest.mark.parametrize("args", [["train"], ["train", "--vec-env", "subproc"]])
+@pytest.mark.parametrize("args", [["train"], pytest.param(["train", "--vec-env", "subproc"], marks=pytest.mark.slow)])
 def test_mujoco_warnings_of_commands(args):
     """Once in the whole output, whatever the command makes; nor more by what looks at the run."""
     pytest.importorskip("mujoco", reason='needs pip install "sb3-flow[mujoco]"')

@@ -157,6 +157,32 @@ def test_fql_offline_then_online(monkeypatch, capsys):
     assert ALGOS["fql"] is FQL
 
 
+@pytest.mark.parametrize("preset", [False, True])
+def test_zero_timesteps(monkeypatch, capsys, preset):
+    """``-n 0`` is not a step in the environment, whatever the hyperparameters say: only an offline phase."""
+    np.savez("data.npz", observations=np.zeros((50, 3)), next_observations=np.ones((50, 3)), rewards=np.zeros(50),
+             actions=np.zeros((50, 1)))  # fmt: skip
+    options = ["--algo", "fql", "--env", "Pendulum-v1", "--eval-freq", -1, "--eval-episodes", 1, "-n", 0]
+    if preset:
+        Path("my.yml").write_text("Pendulum-v1:\n  policy: MlpPolicy\n  n_timesteps: 500\n")
+        options += ["--conf-file", "my.yml"]
+    small = ["-params", "buffer_size:100", "policy_kwargs:dict(net_arch=[16])", "batch_size:8"]
+    offline = [*small, "dataset:'data.npz'", "offline_steps:5"]
+    sb3_flow_main(monkeypatch, "train", *options, *offline)
+    model = FQL.load("logs/fql/Pendulum-v1_1/Pendulum-v1.zip")
+    assert model.num_timesteps == model._n_updates == 5
+    search = ["--n-trials", 2, "--n-startup-trials", 1, "--no-optim-plots", "--seed", 0]
+    monkeypatch.setattr("sb3_flow.zoo.search_spaces.NET_ARCHS", {"fql": {size: [16] for size in ("small", "medium", "large")}})
+    sb3_flow_main(monkeypatch, "optimize", *options, *search, *offline)
+    assert "Number of finished trials:  2" in capsys.readouterr().out
+    for command in (["train"], ["optimize", *search]):
+        with pytest.raises(SystemExit, match="-n/--n-timesteps: 0 timesteps, and no `offline_steps`"):
+            sb3_flow_main(monkeypatch, *command, *options, *small)
+    with pytest.raises(SystemExit, match="-n/--n-timesteps: 0 timesteps"):
+        sb3_flow_main(monkeypatch, "train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 0)
+    assert [path.name for path in Path("logs").glob("*/Pendulum-v1_*")] == ["Pendulum-v1_1"]
+
+
 def test_fql_resumes(monkeypatch, capsys):
     """With its replay buffer, and for what is left of both phases."""
     n = 200

@@ -75,7 +75,7 @@ class FlowPolicy(ActorCriticPolicy):
     :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
-        distribution as it is: then a new policy is a Gaussian, and its CFM loss close to its least. Without (authors'
+        distribution as it is: then a new policy is a standard Gaussian, and its CFM loss close to its least. Without (authors'
         code), a new policy is about the same, but what lowers the CFM losses of all actions is most of the slope.
         For ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
@@ -255,7 +255,7 @@ class FlowPolicy(ActorCriticPolicy):
         Keep an exponential moving average of the actor (features extractor and flow network).
         From now on it is the one that predicts, while the actor itself collects the rollouts.
 
-        :param ema_decay: Decay for one gradient step, in (0, 1)
+        :param ema_decay: Decay for one update, in (0, 1)
         """
         if not 0 < ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, it is {ema_decay}")
@@ -265,7 +265,7 @@ class FlowPolicy(ActorCriticPolicy):
 
     def update_ema(self, restart: bool = False) -> None:
         """
-        Update the moving average, after a gradient step.
+        Update the moving average, after an iteration.
 
         :param restart: Forget the past: make the average equal to the actor
         """
@@ -408,10 +408,25 @@ class FlowPolicy(ActorCriticPolicy):
         """
         pi_features, vf_features = self._actor_and_critic_features(obs)
         values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
+        return values, self._flow_output(pi_features, actions, noise, timesteps)
+
+    def flow_output(self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        The second part of :meth:`evaluate_flow` by itself.
+
+        :param obs: Observation
+        :param actions: Raw actions, (batch, ..., action_dim)
+        :param noise: (batch, ..., action_dim)
+        :param timesteps: (batch, ...)
+        :return: output of the flow network, (batch, ..., action_dim)
+        """
+        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, self.pi_features_extractor))
+        return self._flow_output(features, actions, noise, timesteps)
+
+    def _flow_output(self, features: th.Tensor, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         x_t = interpolate(actions, noise, timesteps)
         timesteps = timesteps.expand(x_t.shape[:-1])
-        output = self.action_net(pi_features, x_t.flatten(1, -2), timesteps.flatten(1))
-        return values, output.view(x_t.shape)
+        return self.action_net(features, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
         """

@@ -186,11 +186,16 @@ class FlowExperimentManager(ExperimentManager):
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]):
         offline_steps = hyperparams.get("offline_steps", 0)
+        if self.n_timesteps == 0:
+            # rl-zoo3 takes it for the number of the hyperparameters
+            hyperparams["n_timesteps"] = 0
         if offline_steps and self.optimize_hyperparameters and self.n_evaluations is None:
             # As rl-zoo3, one every 100,000 timesteps, but of both phases
             n_timesteps = self.n_timesteps if self.n_timesteps > 0 else int(hyperparams["n_timesteps"])
             self.n_evaluations = max(1, (offline_steps + n_timesteps) // 100_000)
         processed = super()._preprocess_hyperparams(hyperparams)
+        if self.n_timesteps + offline_steps == 0:
+            raise ValueError("argument -n/--n-timesteps: 0 timesteps, and no `offline_steps`: there is nothing to learn")
         if self.resumed_timesteps:
             # Those of an offline phase, gradient steps, come on top of what is to be learned online
             total = offline_steps + self.n_timesteps
