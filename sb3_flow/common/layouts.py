@@ -523,10 +523,10 @@ class _Flags:
         return np.append(self._read(name, value)[1:], True)
 
     def _read_splits(self, name: str, value: Any) -> np.ndarray:
-        counts = np.append(read_column(name, value), self.n)
-        if counts.dtype.kind not in "iuf" or not (np.diff(np.append(0, counts)) > 0).all():
+        counts = np.append(0, np.append(read_column(name, value), self.n))
+        if counts.dtype.kind not in "iuf" or (counts % 1).any() or not (np.diff(counts) > 0).all():
             raise ValueError(f"{name!r} must be numbers of rows, each larger than the one before, up to {self.n}")
-        return self._at(counts - 1)
+        return self._at(counts[1:] - 1)
 
     def _read_episodes(self, name: str, value: Any) -> np.ndarray:
         numbers = read_column(name, value)

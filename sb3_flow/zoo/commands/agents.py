@@ -38,7 +38,7 @@ def _run_with_trained_agent(program: Callable[[], Any], gym_packages: Sequence[s
     if args.algo in EVALUATED_WITH_NOISE and "--deterministic" not in sys.argv:
         add_defaults("--stochastic")
     try:
-        with patches.without_replay_buffer(args.algo), patches.mujoco_warnings_once():
+        with patches.without_replay_buffer(args.algo), patches.mujoco_warnings_once(), patches.runs_with_uuid():
             program()
     except (ValueError, AssertionError) as error:
         # The message says it all, if there is no such run
