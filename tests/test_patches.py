@@ -10,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+import uuid
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +114,42 @@ def test_experiment_manager(monkeypatch):
     assert made.value.args == ("fpo", "Pendulum-v1", "logs", "", "mine.yml")
 
 
+def test_train_arguments(monkeypatch):
+    """The parser of train() has defaults of its own, and nothing sees what it parsed before they are used."""
+    made = []
+
+    def manager(args, *rest, **kwargs):
+        made.append((args.n_timesteps, args.eval_freq, args.log_folder))
+        raise NotImplementedError
+
+    def check(args):
+        args.log_folder = "elsewhere"
+
+    monkeypatch.setattr(sys, "argv", ["train", "--algo", "fpo", "--env", "Pendulum-v1", "--eval-freq", "5"])
+    with pytest.raises(NotImplementedError), patches.experiment_manager(manager):
+        rl_zoo3.train.train()
+    defaults = dict(n_timesteps=7, eval_freq=9)
+    with (
+        pytest.raises(NotImplementedError),
+        patches.experiment_manager(manager),
+        patches.train_arguments(defaults, check),
+    ):
+        rl_zoo3.train.train()
+    # (the user has the last word)
+    assert made == [(-1, 5, "logs"), (7, 5, "elsewhere")] and rl_zoo3.train.argparse is argparse
+
+
+def test_runs_with_uuid():
+    """The number of the latest run is looked for at the end of the names of folders."""
+    folder = run_folder("ppo", "Pendulum-v1", PPO("MlpPolicy", "Pendulum-v1", n_steps=2, batch_size=2))
+    folder = folder.rename(folder.with_name(f"{folder.name}_{uuid.uuid4()}"))
+    latest = partial(rl_zoo3.utils.get_model_path, 0, "logs", "ppo", EnvironmentName("Pendulum-v1"))
+    with pytest.raises(ValueError, match="No model found"):
+        latest()
+    with patches.runs_with_uuid():
+        assert latest()[1:] == (str(folder / "Pendulum-v1.zip"), str(folder))
+
+
 @pytest.mark.parametrize("algo", ["fql", "crossq"])
 def test_without_replay_buffer(monkeypatch, algo):
     """enjoy allocates the whole replay buffer of an off-policy algorithm that it does not know."""
@@ -146,7 +183,7 @@ def test_without_replay_buffer_needs_one():
 def test_timesteps_of_both_phases(monkeypatch):
     """A trial learns for as many timesteps as it is evaluated along: offline_steps would come on top."""
     np.savez("data.npz", observations=np.zeros((9, 3)), next_observations=np.ones((9, 3)), rewards=np.zeros(9),
-             actions=np.zeros((9, 1)))  # fmt: skip
+             actions=np.zeros((9, 1)), terminated=np.ones(9))  # fmt: skip
     learned = []
     manager = FlowExperimentManager(
         argparse.Namespace(), "fql", "Pendulum-v1", "logs", n_timesteps=4, optimize_hyperparameters=True, n_evaluations=1,
@@ -298,7 +335,7 @@ def test_mujoco_warnings_keep_what_dm_control_installs():
         mujoco.set_mju_user_warning(former)
 
 
-@pytest.mark.parametrize("args", [["train"], ["train", "--vec-env", "subproc"]])
+@pytest.mark.parametrize("args", [["train"], pytest.param(["train", "--vec-env", "subproc"], marks=pytest.mark.slow)])
 def test_mujoco_warnings_of_commands(args):
     """Once in the whole output, whatever the command makes; nor more by what looks at the run."""
     pytest.importorskip("mujoco", reason='needs pip install "sb3-flow[mujoco]"')
@@ -489,14 +526,19 @@ def test_first_trial_is_taken_for_none(monkeypatch):
 
 def test_experiment_manager_has_what_ours_overrides_and_uses():
     """Methods with their arguments, and attributes, of which rl-zoo3 promises nothing."""
-    own = {"_is_default", "_restore_evaluations", "_run_shared_study"}
+    source = inspect.getsource(FlowExperimentManager)
     for name, method in vars(FlowExperimentManager).items():
-        if inspect.isfunction(method) and name not in own and name != "__init__":
-            expected = inspect.signature(getattr(ExperimentManager, name)).parameters
-            assert list(inspect.signature(method).parameters) == list(expected), name
+        if not inspect.isfunction(method) or name == "__init__":
+            continue
+        overridden = getattr(ExperimentManager, name, None)
+        if overridden is None:
+            # One of our own: else it would never be called
+            assert f"self.{name}" in source
+        else:
+            assert list(inspect.signature(method).parameters) == list(inspect.signature(overridden).parameters), name
     made = vars(ExperimentManager(argparse.Namespace(), "ppo", "Pendulum-v1", "logs")).keys()
     ours = vars(manager_of("Pendulum-v1")).keys() - made
-    used = set(re.findall(r"self\.(\w+)", inspect.getsource(FlowExperimentManager)))
+    used = set(re.findall(r"self\.(\w+)", source))
     assert used and used <= made | ours | set(dir(FlowExperimentManager))
 
 

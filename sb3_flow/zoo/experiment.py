@@ -183,6 +183,7 @@ class FlowExperimentManager(ExperimentManager):
         env_name, blocks = self.env_name, read_conf_file(self.config)
         namespace = gym.spec(env_name.gym_id).namespace
         self.has_own_hyperparams = env_name.gym_id in blocks
+        # rl-zoo3 takes that block whether it is there or not
         self._is_atari = self._is_atari and "atari" in blocks
         if not self.has_own_hyperparams and f"default/{namespace}" in blocks:
             print(f"Using 'default/{namespace}' hyperparameters")
