@@ -199,7 +199,7 @@ def ogbench(episodes):
 
 def ogbench_compact(episodes):
     arrays, last = padded(episodes)
-    masks = np.concatenate([np.append(np.ones(len(e) - 1), [1.0 - e.terminated, 1.0]) for e in episodes])
+    masks = np.concatenate([np.append(np.ones(len(e) - 1), [1.0 - e.terminated] * 2) for e in episodes])
     terminals = np.minimum(last + np.append(last[1:], True), 1.0)
     return arrays | dict(terminals=terminals, valids=1.0 - last, masks=masks)
 

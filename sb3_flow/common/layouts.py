@@ -9,7 +9,7 @@ end flag, and a warning if it does not.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -371,6 +371,14 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
                 f"{name!r} is not known, and looks as if it were 'next_observations': name it so, or leave it out"
             )
         unknown.append(name)
+    warn_of_unknown(unknown)
+
+
+def warn_of_unknown(names: Iterable[str]) -> None:
+    """
+    :param names: of what is not read. Those that are in the table as not needed are not worth a warning.
+    """
+    unknown = sorted(name for name in map(str, names) if _is_needed(name))
     if unknown:
         warnings.warn(f"Not known, and not read: {', '.join(map(repr, unknown))}", DatasetWarning)
 
