@@ -287,7 +287,7 @@ def torchrl(episodes):
     n = len(data["action"])
     following = dict(
         observation=data.pop("next_observation"), reward=data.pop("reward")[:, None], done=ends(episodes)[:, None],
-        terminated=terminated(episodes)[:, None], truncated=truncated(episodes)[:, None],
+        terminated=terminated(episodes)[:, None], truncated=truncated(episodes)[:, None], step_count=np.ones((n, 1)),
     )  # fmt: skip
     return data | dict(done=np.zeros((n, 1)), terminated=np.zeros((n, 1)), truncated=np.zeros((n, 1)), next=following)
 

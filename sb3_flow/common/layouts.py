@@ -238,7 +238,7 @@ def has_role(name: str, role: str) -> bool:
 
 
 def _is_needed(name: str) -> bool:
-    row = _row(name.partition(".")[0])
+    row = _row(name.removeprefix("next.").partition(".")[0])
     return row is None or row.role != "not needed"
 
 
@@ -360,7 +360,7 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
         n_rows = _n_rows(value)
         if _row(name) or _part(name) or not _is_needed(name) or not (n_rows or isinstance(value, Mapping)):
             continue
-        words = _CAMEL_CASE.sub("_", name).lower()
+        words = _CAMEL_CASE.sub("_", name.removeprefix("next.")).lower()
         if n_rows and _LOOKS_LIKE_FLAG.search(words):
             raise ValueError(
                 f"{name!r} is not known, and looks as if it said where episodes end: name it 'terminated', 'truncated' or "
