@@ -59,5 +59,5 @@ def test_train_and_eval_mode():
         lambda module, inputs, output: modes.append((module.training, th.is_grad_enabled()))
     )
     model.learn(64)
-    # Two minibatches: old losses, then updates
-    assert modes == [(False, False)] * 2 + [(True, True)] * 2
+    # Ten steps of the sampler for each step of the environment, and two minibatches: old losses, then updates
+    assert modes == [(False, False)] * (64 * 10 + 2) + [(True, True)] * 2

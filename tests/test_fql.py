@@ -167,8 +167,7 @@ def test_gradients_reach_only_what_they_should():
     batch = model._sample(32)
     policy = model.policy
     networks = [policy.critic, policy.bc_flow, policy.actor, policy.critic_target]
-    distill_loss, actions = model._distill_loss(batch)
-    q_loss = model._q_loss(batch, actions)
+    distill_loss, q_loss = model._actor_losses(batch)
     for loss, own in [
         (model._critic_loss(batch)[0], policy.critic),
         (model._bc_flow_loss(batch), policy.bc_flow),
@@ -364,7 +363,7 @@ def test_loaded_without_its_dataset(tmp_path):
     model.learn(2)
     model.save(tmp_path / "model.zip")
     loaded = FQL.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu")
-    with pytest.warns(UserWarning, match="a dataset that is not saved with it"):
+    with pytest.warns(UserWarning, match="The dataset was given as arrays, which are not saved"):
         loaded.learn(2, reset_num_timesteps=False)
     with pytest.raises(ValueError, match="There is no environment"):
         without_env = FQL.load(tmp_path / "model.zip", device="cpu")
@@ -777,20 +776,20 @@ def test_cloning_needs_no_rewards(tmp_path):
     model = make_model(dataset=data, dataset_kwargs=clone, alpha=0.0, learning_rate=1e-2)
     networks = (model.critic, model.actor, model.bc_flow)
     before = [parameters(network) for network in networks]
-    model.learn_offline(300)
+    model.learn_offline(10)
     assert [changed(*pair) for pair in zip(networks, before, strict=True)] == [False, True, True]
-    assert set(name for name in model.logger.name_to_value if name.startswith("train/") and "loss" in name) == {
-        "train/bc_flow_loss", "train/distill_loss",
-    }  # fmt: skip
-    # The one-step policy is that of the flow, and rewards make no difference where there are any
+    losses = {name for name in model.logger.name_to_value if name.startswith("train/") and name.endswith("_loss")}
+    assert losses == {"train/bc_flow_loss", "train/distill_loss"}
+    # Rewards make no difference where there are any
+    other = make_model(dataset=data | dict(rewards=np.full(400, 100)), dataset_kwargs=clone, alpha=0.0, learning_rate=1e-2)
+    other.learn_offline(10)
+    assert np.array_equal(other.policy.parameters_to_vector(), model.policy.parameters_to_vector())
+    # The one-step policy is that of the flow
+    model.learn_offline(200)
     obs, noise = th.zeros(500, 3), th.randn(500, 1)
     with th.no_grad():
         difference = model.actor.unclipped_actions(obs, noise).clamp(-1, 1) - model.bc_flow.sample(obs, noise)
-    assert difference.abs().mean() < 0.1
-    for rewards in (np.zeros(400), 100 * np.ones(400)):
-        other = make_model(dataset=data | dict(rewards=rewards), dataset_kwargs=clone, alpha=0.0, learning_rate=1e-2)
-        other.learn_offline(300)
-        assert np.array_equal(other.policy.parameters_to_vector(), model.policy.parameters_to_vector())
+    assert difference.abs().mean() < 0.2
     # What was collected online is not cloned
     for _ in range(100):
         model.replay_buffer.add(np.zeros(3), np.zeros(3), np.zeros((1, 1)), np.full(1, 7.0), np.zeros(1), [{}])
@@ -803,7 +802,7 @@ def test_cloning_needs_no_rewards(tmp_path):
     model.save(tmp_path / "model.zip")
     FQL.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1")).learn_offline(2)
     loaded = FQL.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), dataset=None)
-    with pytest.warns(UserWarning, match="a dataset that is not saved with it"):
+    with pytest.warns(UserWarning, match="The dataset was given as arrays, which are not saved"):
         loaded.learn(5)
     assert changed(loaded.critic, parameters(model.critic))
 
@@ -913,6 +912,10 @@ def test_dataset_is_found_from_any_folder(tmp_path, monkeypatch):
         absolute = str(tmp_path / "data.npz")
         assert loaded.dataset == (absolute if not isinstance(dataset, list) else [absolute] * 2)
         monkeypatch.chdir(tmp_path)
+    # One that is given to a loaded model is remembered in the same way, whether it was trained on or not
+    for dataset, expected in [("other.npz", str(tmp_path / "other.npz")), (make_dataset(), None)]:
+        FQL.load("model.zip", dataset=dataset).save("again.zip")
+        assert FQL.load("again.zip").dataset == expected
     for name, expected in [
         ("ogbench:cube-single-play-singletask-v0", None),
         ("ogbench:cube-single-play-singletask-v0@data", f"ogbench:cube-single-play-singletask-v0@{tmp_path}/data"),
@@ -941,7 +944,7 @@ def test_dataset_is_not_there_any_more(tmp_path):
     FQL.load(tmp_path / "model.zip", env=env, dataset=str(tmp_path / "moved.npz")).learn(3, reset_num_timesteps=False)
     for without in (dict(dataset=None), dict(custom_objects=dict(dataset=None))):
         loaded = FQL.load(tmp_path / "model.zip", env=env, **without)
-        with pytest.warns(UserWarning, match="a dataset that is not saved with it"):
+        with pytest.warns(UserWarning, match="The dataset was given as arrays, which are not saved"):
             loaded.learn(3, reset_num_timesteps=False)
         assert loaded.offline_buffer is None
 
@@ -966,6 +969,8 @@ def test_bad_arguments():
     for name in ("alpha", "offline_steps", "random_crop"):
         with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
             make_model(**{name: -1})
+        with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
+            make_model(**{name: np.nan})
     with pytest.raises(ValueError, match="`offline_steps` needs a `dataset`"):
         make_model(dataset=None, offline_steps=10)
     with pytest.raises(ValueError, match="`batch_size`"):
@@ -994,6 +999,6 @@ def test_bad_arguments():
     before = parameters(model.policy.actor)
     with th.no_grad():
         model.policy.critic.q_networks.biases[0][:] = np.nan
-    with pytest.raises(ValueError, match=r"The loss is not finite \(critic_loss: nan"):
+    with pytest.raises(ValueError, match=r"The loss is not finite \(critic: nan"):
         model.learn_offline(1)
     assert not changed(model.policy.actor, before)

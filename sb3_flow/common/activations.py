@@ -1,7 +1,13 @@
-"""GELU as FQL's networks have it: on a CPU, PyTorch's own takes up to a third of the time of an update."""
+"""
+Activation functions: those known to be elementwise, and GELU as FQL's networks have it: on a CPU, PyTorch's own takes up to a
+third of the time of an update.
+"""
+
+from collections.abc import Callable
 
 import torch as th
 from torch import nn
+from torch.autograd import forward_ad
 
 # GELU with the tanh approximation is x p, with p = 1 / (1 + exp(-u)) and u = SLOPE (x + CUBIC x³)
 SLOPE = 2 * (2 / th.pi) ** 0.5
@@ -36,11 +42,35 @@ def tanh_gelu_(x: th.Tensor) -> th.Tensor:
     :param x: overwritten with the result
     :return: x
     """
-    return _tanh_gelu(x, out=x) if _is_faster(x) else th.ops.aten.gelu_(x, approximate="tanh")
+    return _tanh_gelu(x, out=x) if _is_faster(x) else th._C._nn.gelu_(x, approximate="tanh")  # type: ignore[attr-defined]
 
 
 def _is_faster(x: th.Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() >= FEW_ELEMENTS and not th.compiler.is_compiling()
+    return (
+        # (first, as sizes may be symbols then)
+        not th.compiler.is_compiling()
+        and x.numel() >= FEW_ELEMENTS
+        and x.device.type == "cpu"
+        # Narrower ones overflow in between
+        and x.dtype in (th.float32, th.float64)
+        and type(x) in (th.Tensor, nn.Parameter)
+        and not is_transformed()
+    )
+
+
+def is_transformed() -> bool:
+    """
+    :return: whether PyTorch does something else with operations than to compute them: it traces or compiles them, there is a
+        function transform (``vmap``, ``jvp``, ...), forward-mode differentiation, or a mode that overrides them
+    """
+    return (
+        th.compiler.is_compiling()
+        or th.jit.is_tracing()
+        or th._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or th._C._len_torch_function_stack() > 0
+        or th._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _tanh_gelu(x: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
@@ -68,3 +98,21 @@ class _WithDerivative(th.autograd.Function):
     @th.autograd.function.once_differentiable
     def backward(ctx, grad_output: th.Tensor) -> th.Tensor:  # type: ignore[override]
         return grad_output * ctx.saved_tensors[0]
+
+
+#: Activation functions whose outputs depend on one element of the input and on nothing else (no units together, no parameters,
+#: no chance), whatever their arguments, with what writes the result over the input where there is such a function.
+ELEMENTWISE: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor] | None] = {
+    nn.SiLU: th._C._nn.silu_,
+    nn.ReLU: th.relu_,
+    nn.Tanh: th.tanh_,
+    nn.Sigmoid: th.sigmoid_,
+    nn.Identity: lambda x: x,
+    TanhGELU: tanh_gelu_,
+    **dict.fromkeys(
+        (
+            nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid,
+            nn.Mish, nn.ReLU6, nn.SELU, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold,
+        )
+    ),
+}  # fmt: skip

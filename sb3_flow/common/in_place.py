@@ -1,159 +1,228 @@
 """
-MLPs without gradients, in as few calls as there can be, all in place: with small batches, a call costs more than what it
-computes. The plain twin of the integration is the sampler "euler" with ``FlowNetwork.velocity_field``.
+MLPs in as few calls as there can be, all in place: with small batches, a call costs more than what it computes.
+
+This stands in for modules that are called one after the other, where it cannot make a difference: see :class:`PlainMLP` and
+:func:`runs_in_place`. All else takes the plain path, which calls the modules. The weights are read in every call.
 """
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+import itertools
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch as th
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from sb3_flow.common.activations import TanhGELU, tanh_gelu_
+from sb3_flow.common.activations import ELEMENTWISE, is_transformed
 from sb3_flow.common.flow import sampler_grid, standard_normal_std, timestep_range, to_velocity
 
-if TYPE_CHECKING:
-    from sb3_flow.common.networks import FlowNetwork
-
 Activation = Callable[[th.Tensor], th.Tensor]
-IN_PLACE: dict[type[nn.Module], Activation] = {
-    nn.SiLU: lambda x: nn.functional.silu(x, True),
-    nn.ReLU: th.relu_,
-    nn.Tanh: th.tanh_,
-    nn.Identity: lambda x: x,
-    TanhGELU: tanh_gelu_,
+#: Modules whose computation is known, with their ``forward`` (which somebody may replace)
+FORWARD: dict[type, Any] = {
+    nn.Linear: nn.Linear.forward,
+    nn.Sequential: nn.Sequential.forward,
+    MlpExtractor: MlpExtractor.forward,
+    **{kind: kind.forward for kind in ELEMENTWISE},
 }
 
 
-def in_place(activation: nn.Module) -> Activation:
+def _hooks(module: nn.Module) -> tuple[dict, ...]:
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+
+
+def is_plain(module: nn.Module) -> bool:
     """
-    :param activation: Activation function
-    :return: the same function, which writes its result over its argument
+    :param module: Module
+    :return: whether calling it is nothing but the ``forward`` of a class whose computation is known. Not if it has hooks, is
+        compiled, or is of a subclass, as what is parametrized or quantized is.
     """
-    return IN_PLACE.get(type(activation), lambda x: x.copy_(activation(x)))
+    return (
+        not th.compiler.is_compiling()
+        and FORWARD.get(type(module)) is type(module).forward
+        # What is there in place of the method, or of the parameters
+        and module.__dict__.keys().isdisjoint(("forward", "_compiled_call_impl", "weight", "bias"))
+        and not any(_hooks(module))
+        and not _has_any_global_hook()
+    )
 
 
-class Prepared:
+def runs_in_place(*inputs: th.Tensor) -> bool:
     """
-    What is made of the weights of a module, once for as long as they do not change.
+    :param inputs: Inputs of a network
+    :return: whether they are ordinary, (batch, ...) and of the same precision, and all that is asked for is the numbers that
+        come out: no gradients, no trace, no other precision
+    """
+    first = inputs[0]
+    if th.is_grad_enabled() or is_transformed() or first.dtype not in (th.float32, th.float64):
+        return False
+    for x in inputs:
+        if type(x) is not th.Tensor or x.layout is not th.strided or x.dtype is not first.dtype or x.dim() != 2:
+            return False
+        if x.shape[0] != first.shape[0]:
+            return False
+    return not th.is_autocast_enabled(first.device.type)
 
-    Changes that autograd does not see (``weight.data.add_(...)``) are not seen here either, until :meth:`clear`.
+
+class PlainMLP:
+    """
+    Modules that are called one after the other: Linear, elementwise, Linear, ..., Linear, all plain.
+
+    :param parents: Modules that they are in
+    :param layers: The modules
     """
 
-    def __init__(self) -> None:
-        self.clear()
+    def __init__(self, parents: Sequence[nn.Module], layers: Sequence[nn.Module]):
+        linears, functions = layers[::2], layers[1::2]
+        self.weights, self.biases = (
+            [cast(nn.Parameter, linear._parameters[name]) for linear in linears] for name in ("weight", "bias")
+        )
+        #: They write over their argument
+        self.activations = [ELEMENTWISE[type(function)] or partial(_overwrite, function) for function in functions]
+        # What tells whether anything has changed, to be compared in few calls too
+        self._modules = [*parents, *layers]
+        self._hooks = [hooks for module in self._modules for hooks in _hooks(module)]
+        self._attributes = [module.__dict__ for module in self._modules]
+        self._children = [module._modules for module in parents]
+        self._parameters = [linear._parameters for linear in linears]
+        self._state = self._get_state()
 
-    def clear(self) -> None:
-        """Forget it."""
-        self._parameters: list[nn.Parameter] = []
-        self._key: Any = None
-
-    def get(self, make: Callable[..., Any], modules: tuple[nn.Module, ...], *args: Any) -> Any:
+    @staticmethod
+    def find(parts: Sequence[nn.Module], dtype: th.dtype, parents: Sequence[nn.Module] = ()) -> "PlainMLP | None":
         """
-        :param make: function of the modules and the other arguments
-        :param modules: whose weights it depends on
-        :param args: other arguments
-        :return: what the function returns, or returned before
+        :param parts: Layers, and sequences of layers, that are called one after the other
+        :param dtype: Precision of the input
+        :param parents: Modules that they are in
+        :return: None if they are not such an MLP, in this precision
         """
-        key = (args, [(parameter._version, parameter.data_ptr()) for parameter in self._parameters])
-        if self._key != key:
-            self._parameters = [parameter for module in modules for parameter in module.parameters()]
-            self._value = make(*modules, *args)
-            self._key = (args, [(parameter._version, parameter.data_ptr()) for parameter in self._parameters])
-        return self._value
+        layers: list[nn.Module] = []
+        for part in parts:
+            layers.extend(part.children() if type(part) is nn.Sequential else [part])
+        linears, functions = layers[::2], layers[1::2]
+        if len(linears) == len(functions) or not all(map(is_plain, [*parents, *parts, *layers])):
+            return None
+        if any(type(linear) is not nn.Linear for linear in linears) or any(type(fn) not in ELEMENTWISE for fn in functions):
+            return None
+        for linear in linears:
+            for parameter in (linear._parameters.get("weight"), linear._parameters.get("bias")):
+                if type(parameter) is not nn.Parameter or parameter.dtype is not dtype or parameter.layout is not th.strided:
+                    return None
+        return PlainMLP([*parents, *(part for part in parts if type(part) is nn.Sequential)], layers)
 
-    def __deepcopy__(self, memo: dict) -> "Prepared":
-        return Prepared()
+    def _get_state(self) -> tuple[list, ...]:
+        kinds: list[Any] = [*map(type, self._modules)]
+        parameters = [*itertools.chain.from_iterable([parameters.values() for parameters in self._parameters])]
+        return (
+            kinds,
+            [kind.forward for kind in kinds],
+            # One more if one of them hides something else
+            [*map(len, self._attributes)],
+            [*itertools.chain.from_iterable([children.values() for children in self._children])],
+            [*map(id, parameters)],
+            [None if parameter is None else parameter.dtype for parameter in parameters],
+        )
+
+    def has_changed(self) -> bool:
+        """:return: whether it is not what it was when it was found, but for the values of its parameters"""
+        return any(self._hooks) or _has_any_global_hook() or self._get_state() != self._state
+
+    def __call__(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: (batch, inputs)
+        :return: (batch, outputs)
+        """
+        x = nn.functional.linear(x, self.weights[0], self.biases[0])
+        for activation, weight, bias in zip(self.activations, self.weights[1:], self.biases[1:], strict=True):
+            x = nn.functional.linear(activation(x), weight, bias)
+        return x
+
+
+def _overwrite(function: Activation, x: th.Tensor) -> th.Tensor:
+    return x.copy_(function(x))
+
+
+class Memory(dict):
+    """What a module keeps for the next call. It is not copied or saved with the module."""
 
     def __reduce__(self) -> tuple:
-        return Prepared, ()
-
-
-class InPlaceMLP:
-    """
-    An MLP as it is: it does not follow its weights. A column of its input, and of its output, is one of the batch: products
-    with few outputs, as those of actions, are faster this way. And so are biases that are a column of the weights, of inputs
-    that are always one: behind the outputs of each layer there is a row of ones. The first layer is given in the call.
-
-    :param modules: Activation function (of the first layer), Linear, activation function, ...
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]):
-        modules = list(modules)
-        self.activations = [in_place(activation) for activation in modules[::2]]
-        self.weights = [weight_and_bias(cast(nn.Linear, linear)) for linear in modules[1::2]]
-        self._outputs: list[th.Tensor] = []
-
-    def __call__(self, bias: th.Tensor, weight: th.Tensor, x: th.Tensor) -> th.Tensor:
-        """
-        :param bias: Bias of the first layer, (outputs, batch) or (outputs, 1)
-        :param weight: Its weights, (outputs, inputs)
-        :param x: (inputs, batch)
-        :return: (outputs + 1, batch), overwritten by the next call
-        """
-        if not self._outputs or self._outputs[0].shape[1] != x.shape[1]:
-            self._outputs = [x.new_ones(len(w) + 1, x.shape[1]) for w in (weight, *self.weights)]
-            self._without_ones = [output[:-1] for output in self._outputs]
-        th.addmm(bias, weight, x, out=self._without_ones[0])
-        self.activations[0](self._without_ones[0])
-        for layer, (weight, activation) in enumerate(zip(self.weights, self.activations[1:], strict=True)):
-            activation(th.mm(weight, self._outputs[layer], out=self._without_ones[layer + 1]))
-        return self._outputs[-1]
-
-
-def weight_and_bias(linear: nn.Linear) -> th.Tensor:
-    """
-    :param linear: Linear layer
-    :return: its weights with its bias as the last column, (outputs, inputs + 1)
-    """
-    return th.cat([linear.weight, linear.bias.unsqueeze(1)], dim=1)
+        return Memory, ()
 
 
 class EulerIntegrator:
     """
-    Euler's method from noise to actions for a flow network, as it is: it does not follow its weights.
+    Euler's method from noise to actions for an MLP of (features, x, features of the time), and memory to work in: what it
+    makes of the weights, it makes anew in each call.
 
-    The velocity is affine in x and in the output of the network: a step is x <- beta x + alpha output, and the last layer
-    adds its output to x by itself.
+    The velocity is affine in x and in the output of the MLP: a step is x <- beta x + alpha output, and the last layer adds its
+    output to x by itself. A column is one of the batch: products with few outputs, as those of actions, are faster this way.
+    And so are biases that are a column of the weights, of inputs that are always one: there is a row of ones behind the inputs
+    of each layer.
 
-    :param network: The flow network, with at least one hidden layer
-    :param n_flow_steps: Number of steps
+    :param mlp: The MLP, of at least two layers
+    :param times: Features of the times of the steps, (n_flow_steps, times_dim)
+    :param scales: alpha and beta of each step
+    :param batch_size: Number of columns
     """
 
-    def __init__(self, network: "FlowNetwork", n_flow_steps: int):
-        times, scales = euler_coefficients(
-            network.prediction_type, n_flow_steps, network.output_scale, network.skip_connection
-        )
-        *hidden, last = network.layers
-        assert isinstance(last, nn.Linear)
-        weight, first_action = network.input_layer.weight, network.features_dim
-        self.weight_features, weight_x, weight_times = (
-            part.contiguous() for part in weight.tensor_split([first_action, first_action + network.action_dim], dim=1)
-        )
-        # What the first layer gets besides features and x, behind the weights of x
-        biases = network.input_layer.bias + network.timestep_embedding(weight.new_tensor(times)) @ weight_times.t()
-        self.hidden_layers = InPlaceMLP(hidden)
-        self.steps = [
-            (th.cat([weight_x, bias.unsqueeze(1)], dim=1), alpha * weight_and_bias(last), beta)
-            for bias, (alpha, beta) in zip(biases, scales, strict=True)
-        ]
+    def __init__(self, mlp: PlainMLP, times: th.Tensor, scales: list[tuple[float, float]], batch_size: int):
+        self.mlp = mlp
+        *hidden, action_dim = (len(bias) for bias in mlp.biases)
+        n_steps, times_dim = times.shape
+        n_inputs = action_dim + times_dim
+        # Views, see has_changed()
+        self.weight_features, weight = mlp.weights[0].detach().tensor_split([-n_inputs], dim=1)
+        self.data_ptr = mlp.weights[0].data_ptr()
+        self.from_features = times.new_empty(hidden[0], batch_size)
+
+        # Copies of the weights with their biases, and of the last ones times alpha, which may be the same for all steps
+        weights = [weight, *mlp.weights[1:]]
+        copies = [times.new_empty(weight.shape[0], weight.shape[1] + 1) for weight in weights]
+        self.copies = [view for copy in copies for view in (copy[:, :-1], copy[:, -1])]
+        self.parameters = [parameter for layer in zip(weights, mlp.biases, strict=True) for parameter in layer]
+        first, *others, self.last = copies
+        alphas = times.new_tensor([alpha for alpha, _ in scales])
+        self.alphas = alphas.view(-1, 1, 1)[: 1 if (alphas == alphas[0]).all() else n_steps]
+        self.scaled_last = self.alphas * self.last
+        lasts = self.scaled_last.expand(n_steps, -1, -1).unbind()
+
+        # The inputs of each step, (x, features of the time, one), in which only x changes, and the x that it leads to
+        inputs = times.new_ones(n_steps, n_inputs + 1, batch_size)
+        inputs[:, action_dim:-1] = times.unsqueeze(-1)
+        self.x, *next_xs = *(step[:action_dim] for step in inputs), times.new_empty(action_dim, batch_size)
+        self.result = next_xs[-1]
+        outputs_and_one = [times.new_ones(size + 1, batch_size) for size in hidden]
+        outputs = [output[:-1] for output in outputs_and_one]
+
+        # All are about the same memory
+        self.calls: list[Callable[[], Any]] = []
+        x = self.x
+        for step, last, (_, beta), next_x in zip(inputs, lasts, scales, next_xs, strict=True):
+            self.calls.append(partial(th.addmm, self.from_features, first, step, out=outputs[0]))
+            self.calls.append(partial(mlp.activations[0], outputs[0]))
+            for index, weight in enumerate(others):
+                self.calls.append(partial(th.mm, weight, outputs_and_one[index], out=outputs[index + 1]))
+                self.calls.append(partial(mlp.activations[index + 1], outputs[index + 1]))
+            self.calls.append(partial(th.addmm, x, last, outputs_and_one[-1], beta=beta, out=next_x))
+            x = next_x
+
+    def has_changed(self) -> bool:
+        """:return: whether it must be made again"""
+        return self.mlp.has_changed() or self.mlp.weights[0].data_ptr() != self.data_ptr
 
     def __call__(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
         :param features: (batch, features_dim)
         :param noise: (batch, action_dim)
-        :return: (batch, action_dim)
+        :return: (batch, action_dim), overwritten by the next call
         """
-        from_features = self.weight_features @ features.t()
-        x_and_one = features.new_ones(noise.shape[1] + 1, len(noise))
-        x = x_and_one[:-1].copy_(noise.t())
-        for first_weight, last_weight, beta in self.steps:
-            hidden = self.hidden_layers(from_features, first_weight, x_and_one)
-            if beta != 1.0:
-                x.mul_(beta)
-            x.addmm_(last_weight, hidden)
-        return x.t()
+        th._foreach_copy_(self.copies, self.parameters)
+        th.mul(self.alphas, self.last, out=self.scaled_last)
+        th.mm(self.weight_features, features.t(), out=self.from_features)
+        self.x.copy_(noise.t())
+        for call in self.calls:
+            call()
+        return self.result.t()
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import cast
 
 import torch as th
 from gymnasium import spaces
@@ -9,10 +10,11 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import nn
 
-from sb3_flow.common.activations import TanhGELU
+from sb3_flow.common.activations import ELEMENTWISE, TanhGELU
+from sb3_flow.common.checks import to_float, to_int
 from sb3_flow.common.flow import sampler_grid, standard_normal_flow, standard_normal_std, timestep_range, to_velocity
-from sb3_flow.common.in_place import EulerIntegrator, Prepared
-from sb3_flow.common.samplers import SAMPLERS, Sigma, VelocityField, unit_variance_field
+from sb3_flow.common.in_place import FORWARD, EulerIntegrator, Memory, PlainMLP, euler_coefficients, is_plain, runs_in_place
+from sb3_flow.common.samplers import SAMPLERS, Sigma, VelocityField, euler, unit_variance_field
 
 #: That of Flax
 LAYER_NORM_EPS = 1e-6
@@ -25,14 +27,13 @@ class TimestepEmbedding(nn.Module):
     :param embedding_dim: Number of features, even. 0 gives the time itself, as one feature (FQL).
     """
 
-    frequencies: th.Tensor
-
     def __init__(self, embedding_dim: int = 8):
         super().__init__()
+        embedding_dim = to_int("timestep_embedding_dim", embedding_dim)
         if embedding_dim < 0 or embedding_dim % 2 != 0:
             raise ValueError(f"`timestep_embedding_dim` must be even and not negative, it is {embedding_dim}")
+        self.embedding_dim = embedding_dim
         self.features_dim = embedding_dim or 1
-        self.register_buffer("frequencies", 2.0 ** th.arange(embedding_dim // 2), persistent=False)
 
     def forward(self, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -40,9 +41,9 @@ class TimestepEmbedding(nn.Module):
         :return: (..., features_dim)
         """
         timesteps = timesteps.unsqueeze(-1)
-        if len(self.frequencies) == 0:
+        if self.embedding_dim == 0:
             return timesteps
-        angles = timesteps * self.frequencies
+        angles = timesteps * 2.0 ** th.arange(self.embedding_dim // 2, dtype=timesteps.dtype, device=timesteps.device)
         return th.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -80,7 +81,7 @@ class FlowNetwork(nn.Module):
         super().__init__()
         self.features_dim = features_dim
         self.action_dim = action_dim
-        self.output_scale = output_scale
+        self.output_scale = to_float("output_scale", output_scale)
         self.skip_connection = skip_connection
         self.prediction_type = prediction_type
         self.timestep_embedding = TimestepEmbedding(timestep_embedding_dim)
@@ -89,7 +90,7 @@ class FlowNetwork(nn.Module):
         assert isinstance(input_layer, nn.Linear)
         self.input_layer = input_layer
         self.layers = nn.Sequential(*layers)
-        self._prepared = Prepared()
+        self._memory = Memory()
 
     def forward_plain(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -102,7 +103,7 @@ class FlowNetwork(nn.Module):
         """
         features = features.unsqueeze(1).expand(-1, x.shape[1], -1)
         inputs = th.cat([features, x, self.timestep_embedding(timesteps)], dim=-1)
-        return self._add_skip_connection(self.output_scale * self.layers(self.input_layer(inputs)), x, timesteps)
+        return self._from_first_layer(self.input_layer(inputs.flatten(0, 1)), x, timesteps)
 
     def forward(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -113,11 +114,25 @@ class FlowNetwork(nn.Module):
         :param timesteps: (batch, n)
         :return: (batch, n, action_dim)
         """
+        if not self._has_plain_input_layer():
+            return self.forward_plain(features, x, timesteps)
         weight = self.input_layer.weight
         from_features = nn.functional.linear(features, weight[:, : self.features_dim], self.input_layer.bias)
         points = th.cat([x, self.timestep_embedding(timesteps)], dim=-1)
         hidden = from_features.unsqueeze(1) + nn.functional.linear(points, weight[:, self.features_dim :])
-        return self._add_skip_connection(self.output_scale * self.layers(hidden), x, timesteps)
+        return self._from_first_layer(hidden.flatten(0, 1), x, timesteps)
+
+    def _has_plain_input_layer(self) -> bool:
+        return type(self.input_layer) is nn.Linear and is_plain(self.input_layer)
+
+    def _from_first_layer(self, hidden: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        :param hidden: Output of the first layer, (batch * n, units): modules see points as a batch, as those of any MLP
+        :param x: (batch, n, action_dim)
+        :param timesteps: (batch, n)
+        :return: Output of the network, (batch, n, action_dim)
+        """
+        return self._add_skip_connection(self.output_scale * self.layers(hidden).view(x.shape), x, timesteps)
 
     def _add_skip_connection(self, output: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         if not self.skip_connection:
@@ -133,11 +148,20 @@ class FlowNetwork(nn.Module):
         :param n_flow_steps: Prepare for the times that a sampler with this number of steps visits
         :return: function of x, (batch, action_dim), and the time, a float
         """
+        earliest, latest = timestep_range(self.prediction_type)
+        if not (self._is_plain() and self._has_plain_input_layer()):
+
+            def plain_field(x: th.Tensor, t: float) -> th.Tensor:
+                t = min(max(t, earliest), latest)
+                output = self(features, x.unsqueeze(1), th.full_like(x[:, :1], t)).squeeze(1)
+                return to_velocity(output, x, t, self.prediction_type)
+
+            return plain_field
+
         first_action, first_time = self.features_dim, self.features_dim + self.action_dim
         weight = self.input_layer.weight
         weight_x, weight_t = weight[:, first_action:first_time].t(), weight[:, first_time:]
         from_features = nn.functional.linear(features, weight[:, :first_action], self.input_layer.bias)
-        earliest, latest = timestep_range(self.prediction_type)
 
         def from_features_and_times(times: list[float]) -> tuple[th.Tensor, ...]:
             embedding = self.timestep_embedding(features.new_tensor(times).clamp(earliest, latest))
@@ -175,23 +199,47 @@ class FlowNetwork(nn.Module):
         :param sigma: Standard deviation of the noise of one step, for the samplers that add one
         :return: (batch, action_dim)
         """
-        if sampler == "euler" and not th.is_grad_enabled() and len(self.layers) > 0:
-            with th.inference_mode():
-                integrator = self._prepared.get(EulerIntegrator, (self,), n_flow_steps)
-                actions = integrator(features, noise)
-            # An ordinary tensor again
-            return actions.clone(memory_format=th.contiguous_format)
+        integrate = SAMPLERS[sampler]
+        if integrate is euler and type(self.timestep_embedding) is TimestepEmbedding and runs_in_place(features, noise):
+            actions = self._euler_in_place(features, noise, n_flow_steps)
+            if actions is not None:
+                return actions
         field = self.velocity_field(features, n_flow_steps)
         sigmas: Sigma = sigma
         if self.skip_connection:
             field = unit_variance_field(field, self.prediction_type)
             # The noise has this standard deviation in x
             sigmas = [sigma / standard_normal_std(t - 1 / n_flow_steps) for t in sampler_grid(n_flow_steps)]
-        return SAMPLERS[sampler](field, noise, n_flow_steps, sigmas, timestep_range(self.prediction_type))
+        return integrate(field, noise, n_flow_steps, sigmas, timestep_range(self.prediction_type))
 
-    def train(self, mode: bool = True) -> "FlowNetwork":
-        self._prepared.clear()
-        return super().train(mode)
+    def _euler_in_place(self, features: th.Tensor, noise: th.Tensor, n_flow_steps: int) -> th.Tensor | None:
+        """:return: see :meth:`sample`, None if it is not possible"""
+        embedding = self.timestep_embedding
+        kind = (self.prediction_type, n_flow_steps, self.output_scale, self.skip_connection)
+        key = (kind, embedding.embedding_dim, noise.shape, noise.dtype, noise.device)
+        with th.inference_mode():
+            # Nobody else has it meanwhile
+            integrator = self._memory.pop(key, None)
+            if integrator is None or integrator.has_changed():
+                mlp = PlainMLP.find([self.input_layer, self.layers], noise.dtype, [self, embedding])
+                if mlp is None or len(mlp.activations) == 0:
+                    return None
+                times, scales = euler_coefficients(*kind)
+                integrator = EulerIntegrator(mlp, embedding(noise.new_tensor(times)), scales, len(noise))
+            actions = integrator(features, noise)
+        # An ordinary tensor again
+        actions = actions.clone(memory_format=th.contiguous_format)
+        self._memory.clear()
+        self._memory[key] = integrator
+        return actions
+
+    def _is_plain(self) -> bool:
+        """Whether calling this network is nothing but what is written here, but for the layers."""
+        return is_plain(self) and type(self.timestep_embedding) is TimestepEmbedding and is_plain(self.timestep_embedding)
+
+
+# A subclass is something else
+FORWARD.update({kind: kind.forward for kind in (TimestepEmbedding, FlowNetwork)})
 
 
 def lecun_uniform_init(module: nn.Module) -> None:
@@ -229,7 +277,11 @@ class EnsembleMLP(nn.Module):
     ):
         super().__init__()
         sizes = [input_dim, *net_arch, 1]
-        self.activation = activation_fn()
+        first = activation_fn()
+        # One is enough if it has nothing of its own
+        self.activations = nn.ModuleList(
+            nn.ModuleList(first if type(first) in ELEMENTWISE else activation_fn() for _ in net_arch) for _ in range(n_members)
+        )
         self.layer_norm = layer_norm
         self.weights = nn.ParameterList(th.empty(n_members, n_in, n_out) for n_in, n_out in itertools.pairwise(sizes))
         self.biases = nn.ParameterList(th.zeros(n_members, 1, n_out) for n_out in sizes[1:])
@@ -244,16 +296,22 @@ class EnsembleMLP(nn.Module):
         :param inputs: (batch, input_dim), the same for all members
         :return: (n_members, batch)
         """
-        return self.forward_in_turn(inputs) if inputs.device.type == "cpu" else self.forward_batched(inputs)
+        on_cpu = inputs.device.type == "cpu"
+        return self.forward_batched(inputs) if not on_cpu and self._can_be_batched() else self.forward_in_turn(inputs)
+
+    def _can_be_batched(self) -> bool:
+        """Whether it makes no difference to an activation function what else is in its input."""
+        activations = itertools.chain.from_iterable(cast(list[nn.ModuleList], self.activations))
+        return all(type(activation) in ELEMENTWISE and is_plain(activation) for activation in activations)
 
     def forward_batched(self, inputs: th.Tensor) -> th.Tensor:
-        """One batched matrix product for each layer, see :meth:`forward`."""
+        """One batched matrix product for each layer, see :meth:`forward`. Its activation functions are elementwise."""
         x = inputs.expand(len(self.weights[0]), -1, -1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = th.baddbmm(bias, x, weight)
             if layer < last:
-                x = self.activation(x)
+                x = self.activations[0][layer](x)  # type: ignore[index]
                 if self.layer_norm:
                     x = nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
                     x = th.addcmul(self.norm_biases[layer], x, self.norm_weights[layer])
@@ -270,7 +328,7 @@ class EnsembleMLP(nn.Module):
             for layer in range(len(weights)):
                 x = th.addmm(biases[layer][member], x, weights[layer][member])
                 if layer < last:
-                    x = self.activation(x)
+                    x = self.activations[member][layer](x)  # type: ignore[index]
                     if self.layer_norm:
                         scale, shift = norm_weights[layer][member][0], norm_biases[layer][member][0]
                         x = nn.functional.layer_norm(x, scale.shape, scale, shift, LAYER_NORM_EPS)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_flow.common.checks import to_int
 from sb3_flow.common.flow import (
     check_choice,
     sampler_grid,
@@ -178,8 +179,7 @@ def check_sampler(sampler: str, n_flow_steps: int, sigma: float = 0.0) -> None:
     :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
     """
     check_choice("sampler", sampler, SAMPLERS)
-    if not isinstance(n_flow_steps, (int, np.integer)) or n_flow_steps < 1:
-        raise ValueError(f"`n_flow_steps` must be an integer of at least 1, it is {n_flow_steps!r}")
+    to_int("n_flow_steps", n_flow_steps, at_least=1)
     if not sigma >= 0:
         raise ValueError(f"`sampler_sigma` must not be negative, it is {sigma}")
     if sampler not in ("euler", "sde"):

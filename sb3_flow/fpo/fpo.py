@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
+from sb3_flow.common.checks import to_int
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
     MC_SAMPLINGS,
@@ -220,7 +221,7 @@ class FPO(OnPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            seed=seed,
+            seed=None if seed is None else to_int("seed", seed),
             device=device,
             _init_setup_model=False,
             supported_action_spaces=(spaces.Box,),
@@ -268,16 +269,15 @@ class FPO(OnPolicyAlgorithm):
         check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         check_choice("ratio_type", self.ratio_type, RATIO_TYPES)
         check_choice("trust_region", self.trust_region, TRUST_REGIONS)
-        for name in ("n_steps", "batch_size", "n_epochs", "n_mc_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, it is {getattr(self, name)}")
+        integers = dict(n_steps=1, batch_size=1, n_epochs=1, n_mc_samples=1, ema_start=0, n_baseline_actions=0)
+        for name, at_least in integers.items():
+            setattr(self, name, to_int(name, getattr(self, name), at_least))
         for name in ("max_grad_norm", "cfm_loss_clip", "log_ratio_clip", "target_kl"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive (or None), it is {value}")
-        for name in ("ema_start", "n_baseline_actions", "bounds_loss_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
+        if not self.bounds_loss_coef >= 0:
+            raise ValueError(f"`bounds_loss_coef` must not be negative, it is {self.bounds_loss_coef}")
 
         # Sanity check, otherwise it will lead to noisy gradient and NaN
         # because of the advantage normalization

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -20,8 +19,11 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sb3_flow.common.activations import is_transformed
+from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
+from sb3_flow.common.checks import to_float, to_int, to_net_arch
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
-from sb3_flow.common.in_place import InPlaceMLP, Prepared
+from sb3_flow.common.in_place import Memory, PlainMLP, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
@@ -34,7 +36,7 @@ SQUASH_TYPES = ("tanh", "clip")
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
 
 
-class FlowPolicy(ActorCriticPolicy):
+class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     """
     Actor-critic policy whose actor is a flow: an action is sampled by integrating a learned
     velocity field from Gaussian noise (t = 1) to the action (t = 0). Used by FPO.
@@ -124,6 +126,8 @@ class FlowPolicy(ActorCriticPolicy):
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("squash_type", squash_type, SQUASH_TYPES)
         check_sampler(sampler, n_flow_steps, sampler_sigma)
+        action_scale = to_float("action_scale", action_scale)
+        action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
         if action_perturbation_std < 0:
@@ -135,25 +139,25 @@ class FlowPolicy(ActorCriticPolicy):
 
         # Needed by _build(), which the constructor of the parent calls
         self.lecun_init = lecun_init
-        self.n_flow_steps = n_flow_steps
+        self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
         self.prediction_type = prediction_type
-        self.timestep_embedding_dim = timestep_embedding_dim
-        self.output_scale = output_scale
+        self.timestep_embedding_dim = to_int("timestep_embedding_dim", timestep_embedding_dim)
+        self.output_scale = to_float("output_scale", output_scale)
         self.skip_connection = skip_connection
         self.sampler = sampler
-        self.sampler_sigma = sampler_sigma
+        self.sampler_sigma = to_float("sampler_sigma", sampler_sigma)
         self.action_perturbation_std = action_perturbation_std
         self.ema_decay: float | None = None
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}
-        self._prepared = Prepared()
+        self._memory = Memory()
 
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
             # The flow needs hidden layers to bring its inputs together, also behind a CNN
-            dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else net_arch,
+            dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
             activation_fn,
             ortho_init,
             features_extractor_class=features_extractor_class,
@@ -170,6 +174,14 @@ class FlowPolicy(ActorCriticPolicy):
         if ema_decay is not None:
             self.create_ema(ema_decay)
 
+    def _build_mlp_extractor(self) -> None:
+        """
+        Create what is between the features and the networks: the layers of the value function. The flow network takes the
+        features as they are, unless a subclass creates an extractor with layers for it too.
+        """
+        vf_arch = self.net_arch.get("vf", []) if isinstance(self.net_arch, dict) else self.net_arch
+        self.mlp_extractor = MlpExtractor(self.features_dim, dict(pi=[], vf=vf_arch), self.activation_fn, device=self.device)
+
     def _build(self, lr_schedule: Schedule) -> None:
         """
         Create the networks and the optimizer.
@@ -177,20 +189,18 @@ class FlowPolicy(ActorCriticPolicy):
         :param lr_schedule: Learning rate schedule
             lr_schedule(1) is the initial learning rate
         """
-        net_arch = dict(pi=self.net_arch, vf=self.net_arch) if isinstance(self.net_arch, list) else self.net_arch
+        self._build_mlp_extractor()
+        net_arch = self.net_arch
         self.action_net = FlowNetwork(
-            self.features_dim,
+            self.mlp_extractor.latent_dim_pi,
             get_action_dim(self.action_space),
-            net_arch.get("pi", []),
+            net_arch.get("pi", []) if isinstance(net_arch, dict) else net_arch,
             self.activation_fn,
             self.timestep_embedding_dim,
             self.output_scale,
             self.skip_connection,
             self.prediction_type,
         )
-        # The actor takes the features as they are: this one only holds the layers of the value function
-        vf_arch: dict[str, list[int]] = dict(pi=[], vf=net_arch.get("vf", []))
-        self.mlp_extractor = MlpExtractor(self.features_dim, vf_arch, self.activation_fn, device=self.device)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
 
         if self.ortho_init:
@@ -247,8 +257,13 @@ class FlowPolicy(ActorCriticPolicy):
         n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
         sampler_sigma = self.sampler_sigma if sampler_sigma is None else sampler_sigma
         check_sampler(sampler, n_flow_steps, sampler_sigma)
-        self.sampler, self.n_flow_steps, self.sampler_sigma = sampler, int(n_flow_steps), sampler_sigma
-        self.changed_sampler = dict(sampler=sampler, n_flow_steps=int(n_flow_steps), sampler_sigma=sampler_sigma)
+        self.changed_sampler = dict(
+            sampler=sampler,
+            n_flow_steps=to_int("n_flow_steps", n_flow_steps),
+            sampler_sigma=to_float("sampler_sigma", sampler_sigma),
+        )
+        for name, value in self.changed_sampler.items():
+            setattr(self, name, value)
 
     def create_ema(self, ema_decay: float) -> None:
         """
@@ -257,10 +272,13 @@ class FlowPolicy(ActorCriticPolicy):
 
         :param ema_decay: Decay for one update, in (0, 1)
         """
+        ema_decay = to_float("ema_decay", ema_decay)
         if not 0 < ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, it is {ema_decay}")
+        if self._overrides_extract_features():
+            raise ValueError("`ema_decay` must be None: `extract_features`, which is overridden, would not take the average's")
         self.ema_decay = ema_decay
-        self.ema = AveragedModel(self._actor(), multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        self.ema = AveragedModel(self._actor(), multi_avg_fn=partial(_average, decay=ema_decay), use_buffers=True)
         self.ema.requires_grad_(False)
 
     def update_ema(self, restart: bool = False) -> None:
@@ -268,18 +286,85 @@ class FlowPolicy(ActorCriticPolicy):
         Update the moving average, after an iteration.
 
         :param restart: Forget the past: make the average equal to the actor
+        :raises ValueError: if the actor has other parameters by now
         """
         assert self.ema is not None, "create_ema() must be called first"
+        actor = self._actor()
+        shapes = [{name: x.shape for name, x in module.named_parameters()} for module in (self.ema.module, actor)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "The networks of the actor were replaced: call `create_ema()` again, for an average of the new ones"
+            )
         if restart:
             self.ema.n_averaged.zero_()
-        self.ema.update_parameters(self._actor())
+        self.ema.update_parameters(actor)
 
     def _actor(self) -> nn.ModuleList:
-        return nn.ModuleList([self.pi_features_extractor, self.action_net])
+        """What acts, with the extractor between features and flow network if it has layers for it."""
+        features_extractor = self.features_extractor if self.share_features_extractor else self.pi_features_extractor
+        extractors = [] if _passes_features(self.mlp_extractor) else [self.mlp_extractor]
+        return nn.ModuleList([features_extractor, self.action_net, *extractors])
 
-    def _actor_and_critic_features(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
-        features = self.extract_features(obs)
-        return (features, features) if isinstance(features, th.Tensor) else features
+    def _latent_pi_and_values(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param obs: Observation
+        :return: what the flow network takes, (batch, latent_dim_pi), and the estimated value, (batch, 1)
+        """
+        features: Any = self.extract_features(obs)
+        pi_features, vf_features = (features, features) if self.share_features_extractor else features
+        value_mlp = self._value_mlp(vf_features.dtype) if runs_in_place(vf_features) else None
+        if value_mlp is not None:
+            return pi_features, value_mlp(vf_features)
+        if self.share_features_extractor:
+            latent_pi, latent_vf = self.mlp_extractor(features)
+        else:
+            latent_pi, latent_vf = self.mlp_extractor.forward_actor(pi_features), self.mlp_extractor.forward_critic(
+                vf_features
+            )
+        return latent_pi, self.value_net(latent_vf)
+
+    def _value_mlp(self, dtype: th.dtype) -> PlainMLP | None:
+        """The value network as an MLP, None unless it is a plain one of the features."""
+        modules = self._modules
+        key = (modules["mlp_extractor"], modules["value_net"], dtype)
+        mlp = self._memory.get(key)
+        if mlp is None or mlp.has_changed():
+            self._memory.clear()
+            if not _passes_features(self.mlp_extractor):
+                return None
+            parents = [self.mlp_extractor, self.mlp_extractor.policy_net]
+            self._memory[key] = mlp = PlainMLP.find([self.mlp_extractor.value_net, self.value_net], dtype, parents)
+        return mlp
+
+    def _latent_pi(self, obs: PyTorchObs, actor: nn.ModuleList) -> th.Tensor:
+        """
+        :param obs: Observation
+        :param actor: The actor, or its moving average
+        :return: what its flow network takes, as :meth:`forward` computes it, (batch, latent_dim_pi)
+        """
+        features_extractor, _, *mlp_extractors = actor
+        features: Any
+        if self._overrides_extract_features():
+            features = self.extract_features(obs)
+            features = features if self.share_features_extractor else features[0]
+        else:
+            features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
+        (mlp_extractor,) = cast(list[MlpExtractor], mlp_extractors or [self.mlp_extractor])
+        if _passes_features(mlp_extractor) and is_plain(mlp_extractor) and is_plain(mlp_extractor.policy_net):
+            return features
+        return mlp_extractor(features)[0] if self.share_features_extractor else mlp_extractor.forward_actor(features)
+
+    def _overrides_extract_features(self) -> bool:
+        return getattr(self.extract_features, "__func__", None) is not ActorCriticPolicy.extract_features
+
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Get the estimated values according to the current policy given the observations.
+
+        :param obs: Observation
+        :return: the estimated values, (batch, 1)
+        """
+        return self._latent_pi_and_values(obs)[1]
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
         """
@@ -291,35 +376,18 @@ class FlowPolicy(ActorCriticPolicy):
             in place of the log probability, which a flow policy does not need
         :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
         """
-        pi_features, vf_features = self._actor_and_critic_features(obs)
-        values = self._values(vf_features)
+        latent_pi, values = self._latent_pi_and_values(obs)
         if deterministic:
-            actions = self._sample(self.action_net, pi_features, deterministic)
+            actions = self._sample(self.action_net, latent_pi, deterministic)
         else:
-            actions = self._explore(pi_features, self._draw_noise(pi_features))
+            actions = self._explore(latent_pi, self._draw_noise(latent_pi))
         # (one number tells)
-        if not math.isfinite(actions.sum()):
+        if not is_transformed() and not math.isfinite(actions.sum()):
             obs_tensors = obs.values() if isinstance(obs, dict) else [obs]
             valid = all(bool(th.isfinite(tensor).all()) for tensor in obs_tensors)
             cause = "the weights of the policy are not finite, or too large" if valid else "NaN or inf in the observations"
             raise ValueError(f"The policy could not compute a finite action: {cause}")
-        return actions.reshape((-1, *self.action_space.shape)), values, values.new_zeros(len(values))  # type: ignore[misc]
-
-    def _values(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: (batch, features_dim)
-        :return: estimated value, (batch, 1)
-        """
-        if th.is_grad_enabled() or type(self.mlp_extractor) is not MlpExtractor:
-            return self.value_net(self.mlp_extractor.forward_critic(features))
-        with th.inference_mode():
-            values = self._prepared.get(_value_mlp, (self.mlp_extractor.value_net, self.value_net))(features.t())[:1]
-        # An ordinary tensor again
-        return values.t().clone()
-
-    def train(self, mode: bool = True) -> "FlowPolicy":
-        self._prepared.clear()
-        return super().train(mode)
+        return actions.reshape((-1, *self.action_space.shape)), values, values.new_zeros(values.shape[:1])  # type: ignore[misc]
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -333,9 +401,8 @@ class FlowPolicy(ActorCriticPolicy):
 
     def _predicting_actor(self, obs: PyTorchObs) -> tuple[FlowNetwork, th.Tensor]:
         """The flow network that predicts, and the features that it takes."""
-        features_extractor, action_net = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
-        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, features_extractor))
-        return cast(FlowNetwork, action_net), features
+        actor = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
+        return cast(FlowNetwork, actor[1]), self._latent_pi(obs, actor)
 
     def velocity_field(self, obs: PyTorchObs) -> VelocityField:
         """
@@ -369,7 +436,7 @@ class FlowPolicy(ActorCriticPolicy):
         :param noise: Where to integrate from, (batch, n_actions, action_dim)
         :return: Raw actions, (batch, n_actions, action_dim)
         """
-        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, self.pi_features_extractor))
+        features = self._latent_pi(obs, self._actor())
         return self._explore(features.repeat_interleave(noise.shape[1], dim=0), noise.flatten(0, 1)).view(noise.shape)
 
     def _explore(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
@@ -379,7 +446,7 @@ class FlowPolicy(ActorCriticPolicy):
         return actions
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
-        return th.randn((len(features), self.action_net.action_dim), device=features.device)
+        return th.randn((features.shape[0], self.action_net.action_dim), device=features.device)
 
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
@@ -388,7 +455,7 @@ class FlowPolicy(ActorCriticPolicy):
         :param deterministic: Whether to integrate from zero noise
         :return: Raw action, (batch, action_dim)
         """
-        noise = features.new_zeros((len(features), action_net.action_dim)) if deterministic else self._draw_noise(features)
+        noise = features.new_zeros((features.shape[0], action_net.action_dim)) if deterministic else self._draw_noise(features)
         sigma = 0.0 if deterministic else self.sampler_sigma
         return action_net.sample(features, noise, self.n_flow_steps, self.sampler, sigma)
 
@@ -406,9 +473,8 @@ class FlowPolicy(ActorCriticPolicy):
         :param timesteps: (batch, ...)
         :return: estimated value, (batch, 1), and output of the flow network, (batch, ..., action_dim)
         """
-        pi_features, vf_features = self._actor_and_critic_features(obs)
-        values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
-        return values, self._flow_output(pi_features, actions, noise, timesteps)
+        latent_pi, values = self._latent_pi_and_values(obs)
+        return values, self._flow_output(latent_pi, actions, noise, timesteps)
 
     def flow_output(self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -420,13 +486,12 @@ class FlowPolicy(ActorCriticPolicy):
         :param timesteps: (batch, ...)
         :return: output of the flow network, (batch, ..., action_dim)
         """
-        features = BasePolicy.extract_features(self, obs, cast(BaseFeaturesExtractor, self.pi_features_extractor))
-        return self._flow_output(features, actions, noise, timesteps)
+        return self._flow_output(self._latent_pi(obs, self._actor()), actions, noise, timesteps)
 
-    def _flow_output(self, features: th.Tensor, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    def _flow_output(self, latent_pi: th.Tensor, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         x_t = interpolate(actions, noise, timesteps)
         timesteps = timesteps.expand(x_t.shape[:-1])
-        return self.action_net(features, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
+        return self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
         """
@@ -440,11 +505,10 @@ class FlowPolicy(ActorCriticPolicy):
             actions, soft_bound = self.action_scale * actions, SOFT_BOUNDS[self.squash_type]
         else:
             assert isinstance(self.action_space, spaces.Box)
-            bounds = self.action_space.low, self.action_space.high
-            low, high = (th.as_tensor(bound).to(actions).flatten() for bound in bounds)
+            middle, half_range = (th.as_tensor(x).to(actions).flatten() for x in middle_and_half_range(self.action_space))
             # There is nothing to choose, and no loss, where the bounds are equal
-            half_distance = th.where(high > low, (high - low) / 2, th.inf)
-            actions, soft_bound = (actions - (low + high) / 2) / half_distance, SOFT_BOUNDS["clip"]
+            half_range = th.where(half_range > 0, half_range, th.inf)
+            actions, soft_bound = (actions - middle) / half_range, SOFT_BOUNDS["clip"]
         return nn.functional.relu(actions.abs() - soft_bound).square().sum(dim=-1)
 
     def log_squashing(self, actions: th.Tensor) -> th.Tensor:
@@ -491,16 +555,23 @@ class FlowPolicy(ActorCriticPolicy):
         """
         if not self.squash_output:
             return scaled_action
-        assert isinstance(self.action_space, spaces.Box)
         squash = np.tanh if self.squash_type == "tanh" else partial(np.clip, a_min=-1, a_max=1)
         action = super().unscale_action(squash(self.action_scale * scaled_action))
         # Rounding may put an action just outside
+        assert isinstance(self.action_space, spaces.Box)
         return np.clip(action, self.action_space.low, self.action_space.high)
 
 
-def _value_mlp(hidden: nn.Sequential, last: nn.Linear) -> Callable[[th.Tensor], th.Tensor]:
-    first, *others = cast(list[nn.Linear], [*hidden, last])
-    return partial(InPlaceMLP([*others, nn.Identity()]), first.bias.unsqueeze(1), first.weight)
+def _passes_features(mlp_extractor: nn.Module) -> bool:
+    """Whether an extractor is SB3's, without layers for the actor."""
+    if type(mlp_extractor) is not MlpExtractor:
+        return False
+    return type(mlp_extractor.policy_net) is nn.Sequential and len(mlp_extractor.policy_net) == 0
+
+
+def _average(averages: list[th.Tensor], values: list[th.Tensor], n_averaged: int, decay: float) -> None:
+    # (what this returns cannot be pickled)
+    get_ema_multi_avg_fn(decay)(averages, values, n_averaged)
 
 
 def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:
@@ -513,6 +584,8 @@ def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None
             f"`squash_output=True` needs an action space with finite bounds, it is {action_space}: "
             "use squash_output=False, or bound the actions"
         )
+    if squash_output:
+        warn_if_too_wide(action_space)
 
 
 class FlowCnnPolicy(FlowPolicy):

@@ -26,6 +26,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
+from sb3_flow.common.checks import to_int
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
@@ -178,7 +179,7 @@ class FQL(OffPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
-            seed=seed,
+            seed=None if seed is None else to_int("seed", seed),
             sde_support=False,
             supported_action_spaces=(spaces.Box,),
             support_multi_env=True,
@@ -209,11 +210,18 @@ class FQL(OffPolicyAlgorithm):
     def _check_arguments(self) -> None:
         check_reward_arguments(**self._reward_arguments)
         check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
-        for name in ("alpha", "offline_steps", "random_crop"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, it is {getattr(self, name)}")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, it is {self.batch_size}")
+        integers = dict(
+            offline_steps=0, random_crop=0, batch_size=1, buffer_size=0, learning_starts=0, gradient_steps=-1, n_steps=1
+        )
+        for name, at_least in integers.items():
+            setattr(self, name, to_int(name, getattr(self, name), at_least))
+        if isinstance(self.train_freq, (tuple, list)):
+            frequency, unit = self.train_freq
+            self.train_freq = (to_int("train_freq", frequency, at_least=1), unit)
+        else:
+            self.train_freq = to_int("train_freq", self.train_freq, at_least=1)
+        if not self.alpha >= 0:
+            raise ValueError(f"`alpha` must not be negative, it is {self.alpha}")
         if not 0 <= self.random_crop_probability <= 1:
             raise ValueError(f"`random_crop_probability` must be in [0, 1], it is {self.random_crop_probability}")
         assert isinstance(self.action_space, spaces.Box)
@@ -225,6 +233,8 @@ class FQL(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
+        # Another may be given to a model that is loaded
+        self.dataset = dataset_name(self.dataset) or self.dataset
         if self._has_default_replay_buffer and self.replay_buffer_class is NStepReplayBuffer:
             # Chosen before the model was saved: `n_steps` and `gamma` may be others when it is loaded
             self.replay_buffer_class = None
@@ -365,7 +375,9 @@ class FQL(OffPolicyAlgorithm):
             # The device is waited for once
             logged.append(th.stack(list(values.values())).tolist())
             if not np.isfinite(logged[-1]).all():
-                parts = ", ".join(f"{name}: {value}" for name, value in zip(values, logged[-1], strict=True))
+                parts = ", ".join(
+                    f"{name.removesuffix('_loss')}: {value}" for name, value in zip(values, logged[-1], strict=True)
+                )
                 raise ValueError(f"The loss is not finite ({parts}): training stopped before it reached the weights")
             self.policy.optimizer.zero_grad()
             loss.backward()
@@ -383,22 +395,20 @@ class FQL(OffPolicyAlgorithm):
 
     def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        The three losses of Alg. 1, or, without rewards, those of behavioral cloning.
+        The three losses of Alg. 1, or those of behavioral cloning only.
 
         :param batch: Transitions
         :return: the loss, and what is logged of it
         """
         if self._only_clones:
-            bc_flow_loss = self._bc_flow_loss(batch)
-            distill_loss = self._distill_loss(batch)[0]
+            bc_flow_loss, (distill_loss, _) = self._bc_flow_loss(batch), self._actor_losses(batch)
             return bc_flow_loss + distill_loss, dict(bc_flow_loss=bc_flow_loss, distill_loss=distill_loss)
         # Critic: TD learning with the actions of the one-step policy
         critic_loss, q_values = self._critic_loss(batch)
         # Flow: behavioral cloning
         bc_flow_loss = self._bc_flow_loss(batch)
         # One-step policy: value maximisation and distillation of the flow
-        distill_loss, actions = self._distill_loss(batch)
-        q_loss = self._q_loss(batch, actions)
+        distill_loss, q_loss = self._actor_losses(batch)
         return critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss, dict(
             critic_loss=critic_loss,
             bc_flow_loss=bc_flow_loss,
@@ -433,22 +443,16 @@ class FQL(OffPolicyAlgorithm):
         velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
         return cfm_loss(velocity, batch.actions, noise, timesteps).mean()
 
-    def _distill_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _actor_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: Transitions
-        :return: distillation loss of the one-step policy, and its actions
+        :return: distillation loss and Q term of the one-step policy
         """
         noise = th.randn_like(batch.actions)
         # The flow's action is clipped, the policy's is not: it is pulled back inside
         actions = self.actor.unclipped_actions(batch.observations, noise)
-        return F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise)), actions
+        distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
 
-    def _q_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples, actions: th.Tensor) -> th.Tensor:
-        """
-        :param batch: Transitions
-        :param actions: Those of the one-step policy
-        :return: Q term of the one-step policy
-        """
         # The critics are held fixed
         self.critic.requires_grad_(False)
         q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
@@ -456,7 +460,7 @@ class FQL(OffPolicyAlgorithm):
         q_loss = -q_values.mean()
         if self.normalize_q_loss:
             q_loss = q_loss / q_values.detach().abs().mean()
-        return q_loss
+        return distill_loss, q_loss
 
     def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
         """
@@ -648,7 +652,8 @@ class FQL(OffPolicyAlgorithm):
             raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
         if self._has_dataset and self.offline_buffer is None:
             warnings.warn(
-                "The model learned from a dataset that is not saved with it: call `set_dataset()` to go on learning from it"
+                "The dataset was given as arrays, which are not saved, or it was left out when the model was loaded: "
+                "call `set_dataset()` to go on learning from it"
             )
         assert self.replay_buffer is not None
         if total_timesteps > 0 and self._has_dataset and not self.replay_buffer.handle_timeout_termination:
@@ -717,8 +722,10 @@ class FQL(OffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        buffers = ["offline_buffer", "validation_buffer"]
-        return [*super()._excluded_save_params(), "actor", "bc_flow", "critic", "critic_target", *buffers]
+        excluded = ["actor", "bc_flow", "critic", "critic_target", "offline_buffer", "validation_buffer"]
+        # Arrays that a loaded model has not been trained on yet
+        excluded += ["dataset"] if dataset_name(self.dataset) is None else []
+        return [*super()._excluded_save_params(), *excluded]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -2,7 +2,7 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
@@ -15,13 +15,15 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_flow.common.activations import TanhGELU
+from sb3_flow.common.bounds import RescaledActionsPolicy, warn_if_too_wide
+from sb3_flow.common.checks import to_int, to_net_arch
 from sb3_flow.common.flow import check_choice
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, xavier_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import SAMPLERS, VelocityField, check_sampler
 
 
-class OneStepActor(BasePolicy):
+class OneStepActor(RescaledActionsPolicy):
     """
     The policy of FQL: an action from an observation and a noise, in one step.
 
@@ -87,7 +89,7 @@ class OneStepActor(BasePolicy):
         return self.unclipped_actions(observation, noise).clamp(-1, 1)
 
 
-class BCFlow(BasePolicy):
+class BCFlow(RescaledActionsPolicy):
     """
     The flow that clones the behaviour of the dataset, integrated with Euler's method unless told otherwise.
     It is a policy by itself: ``model.policy.bc_flow.predict(obs)``.
@@ -195,8 +197,8 @@ def _check_flow_sampler(sampler: str, n_flow_steps: int) -> None:
 
 
 def _draw_noise(obs: PyTorchObs, action_dim: int, device: th.device, deterministic: bool) -> th.Tensor:
-    batch_size = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-    return (th.zeros if deterministic else th.randn)(batch_size, action_dim, device=device)
+    batch_size = (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
+    return (th.zeros if deterministic else th.randn)((batch_size, action_dim), device=device)
 
 
 class EnsembleCritic(BaseModel):
@@ -249,7 +251,7 @@ class EnsembleCritic(BaseModel):
         return self.q_networks(th.cat([features, actions], dim=1))
 
 
-class FQLPolicy(BasePolicy):
+class FQLPolicy(RescaledActionsPolicy):
     """
     Policy class of FQL: the one-step ``actor`` that acts, the ``bc_flow`` it is distilled from, the ``critic``
     and its target. Each has a features extractor of its own, unless it is shared.
@@ -311,11 +313,12 @@ class FQLPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        self.net_arch = [512, 512, 512, 512] if net_arch is None else net_arch
+        warn_if_too_wide(action_space)
+        self.net_arch = [512, 512, 512, 512] if net_arch is None else to_net_arch(net_arch, ("pi", "qf"))
         self.activation_fn = activation_fn
-        self.n_critics = n_critics
+        self.n_critics = to_int("n_critics", n_critics, at_least=1)
         self.layer_norm = layer_norm
-        self.n_flow_steps = n_flow_steps
+        self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
         self.share_features_extractor = share_features_extractor
         self.sampler = sampler
         # Arguments of the constructor that set_sampler() has changed
@@ -390,9 +393,10 @@ class FQLPolicy(BasePolicy):
         sampler = self.sampler if sampler is None else sampler
         n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
         _check_flow_sampler(sampler, n_flow_steps)
-        self.changed_sampler = dict(sampler=sampler, n_flow_steps=int(n_flow_steps))
+        n_flow_steps = to_int("n_flow_steps", n_flow_steps)
+        self.changed_sampler = dict(sampler=sampler, n_flow_steps=n_flow_steps)
         for policy in (self, self.bc_flow):
-            policy.sampler, policy.n_flow_steps = sampler, int(n_flow_steps)
+            policy.sampler, policy.n_flow_steps = sampler, n_flow_steps
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic=deterministic)

@@ -2,19 +2,14 @@
 
 import argparse
 import runpy
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-
-from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS
+from sb3_flow.zoo import EVALUATED_WITH_NOISE
 from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
 
 
@@ -35,19 +30,15 @@ def record_video() -> None:
 
 
 def _run_with_trained_agent(program: Callable[[], Any], gym_packages: Sequence[str] = ()) -> None:
-    from rl_zoo3.utils import ALGOS
+    from sb3_flow.zoo import patches
 
     args = base_parser(add_help=False).parse_known_args()[0]
     check_env(args.env, [*gym_packages, *args.gym_packages])
     add_defaults("--folder", "logs")
     if args.algo in EVALUATED_WITH_NOISE and "--deterministic" not in sys.argv:
         add_defaults("--stochastic")
-    loaders = {}
-    if args.algo in FLOW_ALGOS and issubclass(FLOW_ALGOS[args.algo], OffPolicyAlgorithm):
-        # rl-zoo3 only knows its own off-policy algorithms: ours would allocate a replay buffer too
-        loaders[args.algo] = SimpleNamespace(load=partial(FLOW_ALGOS[args.algo].load, buffer_size=1))
     try:
-        with mock.patch.dict(ALGOS, loaders):
+        with patches.without_replay_buffer(args.algo), patches.mujoco_warnings_once(), patches.runs_with_uuid():
             program()
     except (ValueError, AssertionError) as error:
         # The message says it all, if there is no such run
@@ -58,27 +49,10 @@ def _run_with_trained_agent(program: Callable[[], Any], gym_packages: Sequence[s
 
 def benchmark() -> None:
     """rl-zoo3's benchmark: evaluate all trained agents of a log folder."""
-    import rl_zoo3.utils
-    from huggingface_sb3 import EnvironmentName
+    from sb3_flow.zoo import patches
 
     add_defaults("--log-dir", "logs", "--no-hub")
-    call, get_trained_models = subprocess.call, rl_zoo3.utils.get_trained_models
-
-    def call_enjoy(command: list[str], *args, **kwargs) -> int:
-        # It looks for enjoy.py in the working directory
-        if command[:2] == ["python", "enjoy.py"]:
-            options = [arg.gym_id if isinstance(arg, EnvironmentName) else arg for arg in command[2:]]
-            command = [sys.executable, "-m", "sb3_flow.zoo", "enjoy", *options]
-        return call(command, *args, **kwargs)
-
-    def trained_models_by_folder(log_folder: str) -> dict[str, tuple[str, str]]:
-        # It looks for the id of an environment in the names of folders, which have no slash
-        return {name: (algo, EnvironmentName(env_id)) for name, (algo, env_id) in get_trained_models(log_folder).items()}
-
-    with (
-        mock.patch.object(subprocess, "call", call_enjoy),
-        mock.patch.object(rl_zoo3.utils, "get_trained_models", trained_models_by_folder),
-    ):
+    with patches.enjoy_in_benchmark(), patches.folders_in_benchmark():
         runpy.run_module("rl_zoo3.benchmark", run_name="__main__")
 
 

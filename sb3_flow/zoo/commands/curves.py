@@ -4,10 +4,10 @@ import argparse
 import pickle
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
@@ -63,22 +63,17 @@ def _plot(program: Callable[[], Any]) -> None:
     """Without a screen to show them on, the figures are saved in the working directory."""
     from matplotlib import pyplot as plt
 
-    def save(*args, **kwargs) -> None:
+    from sb3_flow.zoo import patches
+
+    with patches.title_of_final_performance(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
+        program()
+    if plt.get_backend().lower() == "agg" and "--no-display" not in sys.argv:
         for number in plt.get_fignums():
             path = f"{sys.argv[0].split()[-1]}_{number}.png"
             plt.figure(number).savefig(path, bbox_inches="tight")
             print(f"Figure: {path}")
-        plt.close("all")
-
-    set_title = plt.title
-
-    def title(label: str, *args, **kwargs) -> Any:
-        # It has this title for all environments
-        return set_title("Final performance" if label == "PyBullet envs" else label, *args, **kwargs)
-
-    has_screen = plt.get_backend().lower() != "agg"
-    with mock.patch.multiple(plt, title=title, show=plt.show if has_screen else save):
-        program()
+    plt.close("all")
 
 
 def _as_folder_names(*option: str) -> None:
