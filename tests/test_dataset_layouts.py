@@ -199,7 +199,7 @@ def ogbench(episodes):
 
 def ogbench_compact(episodes):
     arrays, last = padded(episodes)
-    masks = np.concatenate([np.append(np.ones(len(e) - 1), [1.0 - e.terminated, 1.0]) for e in episodes])
+    masks = np.concatenate([np.append(np.ones(len(e) - 1), [1.0 - e.terminated] * 2) for e in episodes])
     terminals = np.minimum(last + np.append(last[1:], True), 1.0)
     return arrays | dict(terminals=terminals, valids=1.0 - last, masks=masks)
 
@@ -287,7 +287,7 @@ def torchrl(episodes):
     n = len(data["action"])
     following = dict(
         observation=data.pop("next_observation"), reward=data.pop("reward")[:, None], done=ends(episodes)[:, None],
-        terminated=terminated(episodes)[:, None], truncated=truncated(episodes)[:, None],
+        terminated=terminated(episodes)[:, None], truncated=truncated(episodes)[:, None], step_count=np.ones((n, 1)),
     )  # fmt: skip
     return data | dict(done=np.zeros((n, 1)), terminated=np.zeros((n, 1)), truncated=np.zeros((n, 1)), next=following)
 

@@ -408,7 +408,7 @@ def test_unknown_names():
         "note": "hello",
         "fps": 30,
     }
-    with pytest.warns(DatasetWarning, match=r"^Not known, and not read: 'skill', 'goals'$"):
+    with pytest.warns(DatasetWarning, match=r"^Not known, and not read: 'goals', 'skill'$"):
         load_dataset(arrays)
     arrays["nextobs"] = arrays.pop("next_observations")
     with pytest.raises(ValueError, match="'nextobs' is not known, and looks as if it were 'next_observations'"):
@@ -602,6 +602,9 @@ def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(ValueError, match="it is pickled"):
         load_dataset(path)
     assert set(load_dataset(path, allow_pickle=True).observations) == {"a"}
+    np.savez(path, columns=np.array(["actions"]), num_episodes=np.array(Trap(), dtype=object))
+    with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
+        load_dataset(path)
     for suffix in (".npz", ".hdf5", ".pkl"):
         with open(path.with_suffix(suffix), "wb") as file:
             pickle.dump(Trap(), file)
@@ -621,7 +624,14 @@ def test_unknown_groups_are_named(tmp_path):
             for name, array in make_arrays().items():
                 file[f"{group}/{name}"] = array
         file["fps"] = 30
-    with pytest.raises(ValueError, match=r"data\.h5: it has no .* it has the arrays 'fps' and the groups 'train', 'val'"):
+        for name, array in make_arrays().items():
+            file[f"numbered/data/demo_0/{name}"] = array
+        file["numbered/skills"] = np.zeros(20)
+    with pytest.warns(DatasetWarning, match="not read: 'skills'"), h5py.File(tmp_path / "data.h5") as file:
+        assert len(load_dataset(file["numbered"])) == 20
+    with pytest.raises(
+        ValueError, match=r"data\.h5: it has no .* it has the arrays 'fps' and the groups 'numbered', 'train', 'val'"
+    ):
         load_dataset(tmp_path / "data.h5")
 
 

@@ -30,7 +30,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
-from sb3_flow.common.layouts import describe, find_array, has_role, recognise, stack
+from sb3_flow.common.layouts import describe, find_array, has_role, recognise, stack, warn_of_unknown
 from sb3_flow.common.transitions import DatasetWarning, Transitions, join, map_arrays
 
 
@@ -172,7 +172,7 @@ def load_npz(path: str | Path, allow_pickle: bool = False, need_rewards: bool = 
     An ``.npz`` file. Dictionaries of observations are arrays with names like "observations/image".
 
     :param path: ``.npz`` file
-    :param allow_pickle: Whether pickled arrays that are needed may be loaded
+    :param allow_pickle: Whether pickled arrays may be loaded. This runs code from the file: only for files you trust.
     :param need_rewards: Whether there must be rewards
     :return: transitions
     """
@@ -280,20 +280,24 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
         return {"": data}, False
     inner = data.get("data")
     if _has_actions(inner):
-        assert inner is not None
-        return {"data": {**inner, **(data["meta"] if isinstance(data.get("meta"), Mapping) else {})}}, False
+        others = {name: value for name, value in data.items() if name not in ("data", "meta")}
+        return {"data": {**others, **dict(data.get("meta") or {}), **dict(inner or {})}}, False
     for prefix, groups in (("data/", inner), ("", data)):
         if isinstance(groups, Mapping):
             # One without actions is not overlooked
             kinds = {_NUMBER.sub("#", str(name)) for name, group in groups.items() if _has_actions(group)}
             names = [name for name in groups if (kind := _NUMBER.sub("#", str(name))) in kinds and kind.endswith("#")]
             if names:
+                # (robomimic's mask is a list of names for each split)
+                warn_of_unknown(name for name in {*data, *groups} - {*names, "data", "mask"})
                 return {f"{prefix}{name}": groups[name] for name in sorted(names, key=_natural_order)}, True
     if "columns" in data and "num_episodes" in data:
         episodes: list[dict[str, Any]] = [{} for _ in range(int(np.asarray(data["num_episodes"])))]
         for name, value in data.items():
             column, _, number = str(name).rpartition("_")
-            if column and number.isdigit() and int(number) < len(episodes):
+            if column and number.isdigit():
+                if int(number) >= len(episodes):
+                    raise ValueError(f"there is {name!r}, but num_episodes is {len(episodes)}")
                 episodes[int(number)][column] = value
         return {f"episode {number}": episode for number, episode in enumerate(episodes)}, True
     needed = ["observations", "actions"]

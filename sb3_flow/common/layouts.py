@@ -9,7 +9,7 @@ end flag, and a warning if it does not.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -238,7 +238,7 @@ def has_role(name: str, role: str) -> bool:
 
 
 def _is_needed(name: str) -> bool:
-    row = _row(name.partition(".")[0])
+    row = _row(name.removeprefix("next.").partition(".")[0])
     return row is None or row.role != "not needed"
 
 
@@ -360,7 +360,7 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
         n_rows = _n_rows(value)
         if _row(name) or _part(name) or not _is_needed(name) or not (n_rows or isinstance(value, Mapping)):
             continue
-        words = _CAMEL_CASE.sub("_", name).lower()
+        words = _CAMEL_CASE.sub("_", name.removeprefix("next.")).lower()
         if n_rows and _LOOKS_LIKE_FLAG.search(words):
             raise ValueError(
                 f"{name!r} is not known, and looks as if it said where episodes end: name it 'terminated', 'truncated' or "
@@ -371,6 +371,14 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
                 f"{name!r} is not known, and looks as if it were 'next_observations': name it so, or leave it out"
             )
         unknown.append(name)
+    warn_of_unknown(unknown)
+
+
+def warn_of_unknown(names: Iterable[str]) -> None:
+    """
+    :param names: of what is not read. Those that are in the table as not needed are not worth a warning.
+    """
+    unknown = sorted(name for name in map(str, names) if _is_needed(name))
     if unknown:
         warnings.warn(f"Not known, and not read: {', '.join(map(repr, unknown))}", DatasetWarning)
 
