@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples
 from sb3_flow.common.datasets import Dataset, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
+from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
 from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
 
@@ -42,7 +43,7 @@ ACTION_MARGIN = 1e-5
 OFFLINE_LOG_INTERVAL = 1000
 
 
-class FQL(OffPolicyAlgorithm):
+class FQL(CheckedLoad, OffPolicyAlgorithm):
     """
     Flow Q-Learning (FQL)
 

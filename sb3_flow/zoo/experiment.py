@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,6 @@ import numpy as np
 import optuna
 from huggingface_sb3 import EnvironmentName
 from optuna.trial import TrialState
-from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
@@ -24,6 +22,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
+from sb3_flow.zoo.errors import InputError
+from sb3_flow.zoo.hyperparams import CheckedExperimentManager
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
 
@@ -125,7 +125,7 @@ class _TrueZero(int):
         return True
 
 
-class FlowExperimentManager(ExperimentManager):
+class FlowExperimentManager(CheckedExperimentManager):
     """
     rl-zoo3's ``ExperimentManager``, whose checkpoints hold all that is needed to go on from them.
 
@@ -186,19 +186,6 @@ class FlowExperimentManager(ExperimentManager):
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
-
-    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
-        is_new = not Path(self.save_path).exists()
-        try:
-            return super().setup_experiment()
-        except Exception as error:
-            # Nothing has started yet: no empty run is left behind
-            if is_new:
-                shutil.rmtree(self.save_path, ignore_errors=True)
-            if isinstance(error, (ValueError, AssertionError)):
-                # The message says it all
-                raise SystemExit(f"sb3-flow: error: {error}") from error
-            raise
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         model = super()._load_pretrained_agent(hyperparams, env)
@@ -286,7 +273,7 @@ class FlowExperimentManager(ExperimentManager):
             except ValueError as error:
                 if self.study is None or self.study.get_trials(states=[TrialState.COMPLETE]):
                     raise
-                raise SystemExit("sb3-flow: error: no trial was completed: all were pruned or failed") from error
+                raise InputError("no trial was completed: all were pruned or failed") from error
         if self.storage is not None:
             assert self.study is not None
             number = self.study.best_trial.number

@@ -1,16 +1,59 @@
 """Training and the search for hyperparameters."""
 
 import argparse
+import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 from sb3_flow.zoo import FLOW_ALGOS, default_conf_file
+from sb3_flow.zoo.arguments import (
+    Parser,
+    count_or_never,
+    device,
+    integer,
+    new_folder,
+    rl_zoo3_arguments,
+    seed,
+)
 from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
+from sb3_flow.zoo.errors import InputError, user_input
 
 #: A new run has a checkpoint this often, unless --save-freq says otherwise
 DEFAULT_SAVE_FREQ = 25_000
+
+
+
+def model_file(text: str) -> str:
+    """Type of the model to go on from, which rl-zoo3 ignores if it is none."""
+    if text and not (text.endswith(".zip") and Path(text).is_file()):
+        raise argparse.ArgumentTypeError(f"there is no model {text!r}, expected a .zip file")
+    return text
+
+
+TYPES = dict(
+    tensorboard_log=new_folder,
+    trained_agent=model_file,
+    n_timesteps=integer(0, default=-1),
+    num_threads=integer(1, default=-1),
+    log_interval=lambda text: int(text) if text == "-2" else integer(1, default=-1)(text),
+    eval_freq=count_or_never,
+    optimization_log_path=new_folder,
+    eval_episodes=integer(1),
+    n_eval_envs=integer(1),
+    save_freq=count_or_never,
+    log_folder=new_folder,
+    seed=lambda text: -1 if text == "-1" else seed(text),
+    device=device,
+    n_trials=integer(1),
+    max_total_trials=integer(1),
+    n_jobs=integer(1),
+    n_startup_trials=integer(0),
+    n_evaluations=integer(1),
+    trial_id=integer(0),
+    verbose=integer(0),
+)
 
 
 def train() -> None:
@@ -26,28 +69,47 @@ def train() -> None:
         rl_zoo3.train.train()
         return
 
-    resume_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    resume_parser = Parser(add_help=False)
     resume_parser.add_argument("--resume", nargs="?", const="", default=None)
     resume, sys.argv[1:] = resume_parser.parse_known_args()
     parser = base_parser(add_help=False)
     parser.add_argument("-f", "--log-folder", default="logs")
-    parser.add_argument("-i", "--trained-agent")
     args = parser.parse_known_args()[0]
-    check_env(args.env, args.gym_packages)
-    if args.trained_agent and not (args.trained_agent.endswith(".zip") and Path(args.trained_agent).is_file()):
-        sys.exit(
-            f"sb3-flow: error: argument -i/--trained-agent: there is no model {args.trained_agent}, it must be a .zip file"
-        )
 
-    add_defaults("--save-freq", str(DEFAULT_SAVE_FREQ))
-    if args.algo in FLOW_ALGOS:
-        add_defaults("--conf-file", default_conf_file(args.algo))
     run_folder = None
     if resume.resume is not None:
         run_folder = Path(resume.resume) if resume.resume else find_run(Path(args.log_folder) / args.algo, args.env)
         add_defaults("--trained-agent", str(last_checkpoint(run_folder)[0]))
-    with mock.patch.object(rl_zoo3.train, "ExperimentManager", partial(FlowExperimentManager, resume=run_folder)):
+    with (
+        rl_zoo3_arguments(_check, TYPES, defaults=dict(save_freq=DEFAULT_SAVE_FREQ)),
+        mock.patch.object(rl_zoo3.train, "ExperimentManager", partial(FlowExperimentManager, resume=run_folder)),
+    ):
         rl_zoo3.train.train()
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What the arguments name is there."""
+    from rl_zoo3.utils import ALGOS
+
+    from sb3_flow.common.save_load import check_model_file
+    from sb3_flow.zoo.hyperparams import check_storage, check_study
+
+    check_env(args.env, args.gym_packages, env_kwargs=args.env_kwargs, eval_env_kwargs=args.eval_env_kwargs)
+    if args.trained_agent:
+        with user_input("argument -i/--trained-agent", ValueError):
+            check_model_file(args.trained_agent, ALGOS[args.algo])
+    if args.conf_file is None and args.algo in FLOW_ALGOS:
+        args.conf_file = default_conf_file(args.algo)
+    if args.tensorboard_log and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("argument -tb/--tensorboard-log: needs tensorboard: pip install tensorboard")
+    if args.optimize_hyperparameters and args.storage is not None:
+        check_storage(args.storage)
+    study = {"--storage": args.storage, "--study-name": args.study_name, "--trial-id": args.trial_id}
+    missing = [option for option, value in study.items() if value is None]
+    if args.trial_id is not None or not (args.optimize_hyperparameters or len(missing) == 3):
+        if missing:
+            raise InputError(f"argument {missing[0]}: found nothing, expected all of {', '.join(study)} to train with a trial")
+        check_study(args.storage, args.study_name, args.trial_id)
 
 
 def optimize() -> None:
