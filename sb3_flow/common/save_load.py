@@ -8,6 +8,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import json_to_data, open_path
 from stable_baselines3.common.type_aliases import GymEnv
 
@@ -16,13 +17,14 @@ def check_model_file(
     path: str | pathlib.Path | io.BufferedIOBase,
     algorithm: type[BaseAlgorithm],
     custom_objects: dict[str, Any] | None = None,
-) -> None:
+) -> type[BasePolicy]:
     """
     Check that a file is a model of an algorithm, and whole.
 
     :param path: Path of the model, with or without .zip, or a file
     :param algorithm: Class of the algorithm
     :param custom_objects: Objects to replace upon loading, see ``BaseAlgorithm.load``
+    :return: class of the policy
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is damaged, or not a model of this algorithm
     """
@@ -37,7 +39,7 @@ def check_model_file(
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a model, or damaged: {error}") from error
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a model of Stable-Baselines3: there is no class of a policy in it") from error
+        raise ValueError(f"{path} is not a model, or damaged: there is no class of a policy in it") from error
     finally:
         if isinstance(path, (str, pathlib.Path)):
             file.close()
@@ -45,9 +47,10 @@ def check_model_file(
             file.seek(start)
     if damaged is not None:
         raise ValueError(f"{path} is damaged: {damaged} in it is not what was saved")
-    if isinstance(policy_class, type) and not issubclass(policy_class, tuple(algorithm.policy_aliases.values())):
+    if not issubclass(policy_class, tuple(algorithm.policy_aliases.values())):
         found = f"{policy_class.__module__}.{policy_class.__name__}"
         raise ValueError(f"{path} is not a model of {algorithm.__name__}, but one with the policy {found}")
+    return policy_class
 
 
 class CheckedLoad(BaseAlgorithm):

@@ -136,13 +136,6 @@ def new_folder(text: str) -> str:
     return text
 
 
-def existing_file(text: str) -> str:
-    """Type of a file to read."""
-    if not Path(text).is_file():
-        raise wrong(text, "a file" + (" (it is a folder)" if Path(text).is_dir() else ", which is not there"))
-    return text
-
-
 def new_file(text: str) -> Path:
     """Type of a file to write."""
     path = Path(text)
@@ -152,6 +145,24 @@ def new_file(text: str) -> Path:
         raise wrong(text, f"a file in a folder that exists: {path.parent} is none")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise wrong(text, "a file that can be written")
+    return path
+
+
+def image_format(text: str) -> str:
+    """Type of a format of figures."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if text not in formats:
+        raise wrong(text, f"one of {', '.join(formats)}", did_you_mean(text, formats))
+    return text
+
+
+def figure(text: str) -> Path:
+    """Type of a figure to write."""
+    path = new_file(text)
+    if path.suffix:
+        image_format(path.suffix[1:])
     return path
 
 
@@ -208,30 +219,36 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):  # type: ignore[override]
         raise InputError(message)
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        args = sys.argv[1:] if args is None else list(args)
-        seen: set[str] = set()
-        name = ""
-        for arg in args:
-            action = self._option_string_actions.get(arg.split("=")[0]) if arg.startswith("-") else None
-            if action is not None and not isinstance(arg, Default):
-                name = f"argument {'/'.join(action.option_strings)}: "
-                if action.dest in seen:
-                    self.error(f"{name}found twice, expected once")
-                seen.add(action.dest)
-            if arg == "" or (action is not None and arg.endswith("=")):
-                self.error(f"{name}found '', expected a value")
-        return super().parse_known_args(args, namespace)
-
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        args = sys.argv[1:] if args is None else list(args)
+        self._check_repeated_or_empty(args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             # The values of an option that is not known come after it
             options = [arg for arg in unknown if arg.startswith("-")]
             found = (options or unknown)[0].split("=")[0]
             hint = did_you_mean(found, self._option_string_actions) if options else ""
-            self.error(f"argument {found}: {'unknown option' if options else 'expected an option before it'}, see --help{hint}")
+            self.error(
+                f"argument {found}: {'unknown option' if options else 'expected an option before it'}, see --help{hint}"
+            )
         return parsed
+
+    def _check_repeated_or_empty(self, args: Sequence[str]) -> None:
+        seen = []
+        name = ""
+        for arg in args:
+            action = self._option_string_actions.get(arg.split("=")[0]) if arg.startswith("-") else None
+            if action is not None and not isinstance(arg, Default):
+                name = f"argument {'/'.join(action.option_strings)}: "
+                if action in seen:
+                    self.error(f"{name}found twice, expected once")
+                seen.append(action)
+            if arg == "" or (action is not None and arg.endswith("=")):
+                self.error(f"{name}found '', expected a value")
+
+    def _get_option_tuples(self, option_string):
+        # Of those with one dash (-params), ``allow_abbrev`` lets the beginnings pass
+        return [match for match in super()._get_option_tuples(option_string) if len(match[1]) == 2]
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:

@@ -46,9 +46,10 @@ def user_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
     :param what: The argument or file that they are about, which the message begins with
     :param kinds: Kinds of exceptions. By default all of them, for a body that does nothing but read the input.
     """
+    kinds = kinds or (Exception,)
     try:
         yield
     except InputError:
         raise
-    except (kinds or Exception) as error:
+    except kinds as error:
         raise InputError(f"{what}: {one_line(error)}") from error

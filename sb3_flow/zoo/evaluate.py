@@ -17,9 +17,9 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_flow.common.save_load import check_model_file
-from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS
+from sb3_flow.zoo import EVALUATED_WITH_NOISE
 from sb3_flow.zoo.errors import InputError, did_you_mean, user_input
+from sb3_flow.zoo.hyperparams import check_trained_agent
 
 
 def find_model(
@@ -47,7 +47,9 @@ def find_model(
     env_name = EnvironmentName(env)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            model_path = get_model_path(exp_id, folder, algo, env_name, load_best, load_checkpoint, load_last_checkpoint)[1]
+            # (which formats the number of a checkpoint, an int in spite of its annotation)
+            checkpoint: Any = load_checkpoint
+            model_path = get_model_path(exp_id, folder, algo, env_name, load_best, checkpoint, load_last_checkpoint)[1]
     except (ValueError, AssertionError) as error:
         options = {
             "--load-best": load_best,
@@ -58,11 +60,12 @@ def find_model(
         option = next((option for option, given in options.items() if given), "--env")
         raise InputError(f"argument {option}: {error}, expected {_what_there_is(Path(folder) / algo, env_name)}") from error
     path = Path(model_path)
-    with user_input(f"model of argument --algo {algo}", ValueError):
-        check_model_file(path, FLOW_ALGOS.get(algo) or ALGOS[algo])
+    check_trained_agent(path, algo)
     parameters_folder = path.parent / env_name
     for file in ("config.yml", "args.yml"):
-        with user_input(f"{parameters_folder / file} is damaged", yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError):
+        with user_input(
+            f"{parameters_folder / file} is damaged", yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError
+        ):
             content = yaml.unsafe_load((parameters_folder / file).read_text())
         if not isinstance(content, dict) or (file == "args.yml" and "env_kwargs" not in content):
             raise InputError(f"{parameters_folder / file} is damaged: found {content!r:.50}, expected what train wrote")

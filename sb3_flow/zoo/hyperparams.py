@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import numbers
 import shutil
 import types
@@ -13,6 +14,8 @@ from typing import Any
 import optuna
 import rl_zoo3.exp_manager
 import yaml
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, get_class_by_name
@@ -20,6 +23,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_flow.common.save_load import check_model_file
 from sb3_flow.zoo.arguments import new_folder
 from sb3_flow.zoo.errors import InputError, did_you_mean, one_line, user_input
 
@@ -72,10 +76,10 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is dict:
         item_type = typing.get_args(annotation)[1]
         return isinstance(value, dict) and all(_fits(item, item_type) for item in value.values())
-    if origin is type:
-        # A function that makes one will do
+    if origin in (type, Callable):
+        # For a class, a function that makes one will do
         return callable(value)
-    if annotation in (bool, str, dict):
+    if annotation in (bool, str, dict, type):
         return isinstance(value, annotation)
     return True
 
@@ -83,18 +87,29 @@ def _fits(value: Any, annotation: Any) -> bool:
 def _describe(annotation: Any) -> str:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(map(_describe, typing.get_args(annotation)))
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", dict: "a dict", type(None): "None"}
-    plain = annotation.__name__ if isinstance(annotation, type) and typing.get_origin(annotation) is None else str(annotation)
-    return names.get(annotation, plain)
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a text",
+        dict: "a dict",
+        type: "a class",
+        type(None): "None",
+        Callable: "a function",
+    }
+    return names.get(annotation) or names.get(typing.get_origin(annotation)) or str(annotation)
 
 
 def _check_range(key: str, value: Any) -> str | None:
     """What is expected, if the value is out of the range that all algorithms share."""
     if key == "net_arch":
-        sizes = [size for sizes in value.values() for size in sizes] if isinstance(value, dict) else value or []
-        return None if all(size >= 1 for size in sizes) else "numbers of units, 1 or more each"
+        parts = value if isinstance(value, dict) else {"pi": value or []}
+        sizes = [size for part in parts.values() if isinstance(part, (list, tuple)) for size in part]
+        fits = parts.keys() <= {"pi", "vf", "qf"} and all(float(size) >= 1 for size in sizes if isinstance(size, numbers.Real))
+        return None if fits else "numbers of units, 1 or more each, or a dict of them for 'pi' and 'vf' (or 'qf')"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
+    value = float(value)
     for keys, fits, expected in (
         (COUNTS, value >= 1, "1 or more"),
         (NOT_NEGATIVE, value >= 0, "0 or more"),
@@ -106,21 +121,17 @@ def _check_range(key: str, value: Any) -> str | None:
     return None
 
 
-def _parameters(function: Callable | type) -> dict[str, Any] | None:
+def _parameters(cls: Any) -> dict[str, Any] | None:
     """Names and annotations of the arguments of a constructor, those that it passes on included. None: not known."""
     annotations: dict[str, Any] = {}
-    for base in inspect.getmro(function) if isinstance(function, type) else ():
+    for base in inspect.getmro(cls) if isinstance(cls, type) else ():
         init = base.__dict__.get("__init__")
         if init is None:
             continue
-        try:
-            hints = typing.get_type_hints(init)
-        except Exception:
-            hints = {}
         parameters = list(inspect.signature(init).parameters.values())[1:]
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                annotations.setdefault(parameter.name, hints.get(parameter.name, Any))
+                annotations.setdefault(parameter.name, parameter.annotation)
         if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
             return annotations
     return None
@@ -137,7 +148,7 @@ def check_arguments(where: str, given: Mapping[str, Any], known: Mapping[str, An
     """
     for key, value in given.items():
         if known is not None and key not in known:
-            raise InputError(f"{where}: found {key!r}, which there is not{did_you_mean(str(key), known)}")
+            raise InputError(f"{where}: found {key!r}, which is unknown{did_you_mean(str(key), known)}")
         annotation = Any if known is None else known[key]
         expected = _check_range(key, value) if _fits(value, annotation) else _describe(annotation)
         if expected is not None:
@@ -233,6 +244,26 @@ def check_hyperparams(algo: str, hyperparams: Mapping[str, Any], where: Callable
         check_arguments(f"{where('normalize')}: normalize", values["normalize"], _parameters(VecNormalize))
 
 
+def check_trained_agent(path: str | Path, algo: str, what: str = "model") -> None:
+    """
+    Check that a file is a model of an algorithm, and whole.
+
+    :param path: Path of the model
+    :param algo: Name of the algorithm
+    :param what: What the error message begins with
+    :raises InputError: if it is not
+    """
+    with user_input(what, ValueError):
+        policy = check_model_file(path, ALGOS[algo])
+    # A FlowPolicy is an ActorCriticPolicy too, but no model of PPO has one
+    for base in policy.__mro__:
+        algos = [name for name, algorithm in ALGOS.items() if base in algorithm.policy_aliases.values()]
+        if algos:
+            if algo not in algos:
+                raise InputError(f"{what}: {path} is not a model of {algo}, but a model of {' or '.join(algos)}")
+            return
+
+
 def check_conf_file(config: str, env_id: str, is_atari: bool = False) -> None:
     """
     Check that a file of hyperparameters has a block for the environment.
@@ -249,7 +280,9 @@ def check_conf_file(config: str, env_id: str, is_atari: bool = False) -> None:
         # A program: rl-zoo3 runs it
         return
     if not Path(config).is_file():
-        raise InputError(f"{where}: found {config!r}, expected a file" + (" (it is a folder)" if Path(config).is_dir() else ""))
+        raise InputError(
+            f"{where}: found {config!r}, expected a file" + (" (it is a folder)" if Path(config).is_dir() else "")
+        )
     try:
         with open(config) as file:
             blocks = yaml.safe_load(file)
@@ -278,9 +311,7 @@ def check_study(storage: str, study_name: str, trial_id: int | None = None) -> N
     studies = read_studies(storage)
     if study_name not in studies:
         names = f"one of {', '.join(studies)}" if studies else "a study of this storage, which has none"
-        raise InputError(
-            f"argument --study-name: found {study_name!r}, expected {names}{did_you_mean(study_name, studies)}"
-        )
+        raise InputError(f"argument --study-name: found {study_name!r}, expected {names}{did_you_mean(study_name, studies)}")
     n_trials = studies[study_name]
     if trial_id is not None and trial_id >= n_trials:
         expected = f"a number from 0 to {n_trials - 1}" if n_trials else "another study: it has no trials"
@@ -297,11 +328,15 @@ def read_studies(storage: str) -> dict[str, int]:
     if path is not None and not path.is_file():
         raise InputError(f"argument --storage: found {storage!r}, expected a storage that is there")
     with user_input(f"argument --storage: {storage} cannot be read"):
-        opened: optuna.storages.BaseStorage
+        opened: BaseStorage
         if storage.endswith(".log"):
-            opened = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+            with open(storage) as file:
+                # Optuna takes a last line that is damaged for one that is being written
+                first_line = next(file, "{}")
+            json.loads(first_line)
+            opened = JournalStorage(JournalFileBackend(storage))
         else:
-            opened = optuna.storages.RDBStorage(storage, skip_compatibility_check=True, skip_table_creation=True)
+            opened = RDBStorage(storage, skip_compatibility_check=True, skip_table_creation=True)
         return {study.study_name: opened.get_n_trials(study._study_id) for study in opened.get_all_studies()}
 
 
@@ -327,7 +362,7 @@ def check_storage(storage: str) -> None:
         import sqlalchemy
 
         with user_input(f"argument --storage: found {storage!r}, expected a database that can be reached"):
-            sqlalchemy.inspect(sqlalchemy.create_engine(storage))
+            sqlalchemy.inspect(sqlalchemy.create_engine(storage)).get_table_names()
 
 
 def storage_path(storage: str) -> Path | None:
@@ -350,7 +385,7 @@ def storage_path(storage: str) -> Path | None:
 
 
 class CheckedExperimentManager(ExperimentManager):
-    """rl-zoo3's ``ExperimentManager``, which checks its inputs before it makes anything, and leaves nothing behind if it fails."""
+    """rl-zoo3's ``ExperimentManager``, which checks its inputs before it makes anything, and leaves nothing of what fails."""
 
     def _where(self, key: str) -> str:
         from_user = key in (self.custom_hyperparams or {})
@@ -373,7 +408,9 @@ class CheckedExperimentManager(ExperimentManager):
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         what = f"{self.algo} on {self.env_name.gym_id}"
         # With values of the user's own, whatever goes wrong is about them
-        is_users = bool(self.custom_hyperparams or self.env_kwargs or self._eval_env_kwargs_args)
+        is_users = any((self.custom_hyperparams, self.env_kwargs, self._eval_env_kwargs_args, self.trained_agent))
+        if self.trained_agent:
+            what += f", from {self.trained_agent} and the files beside it"
         if self.custom_hyperparams:
             what += " (argument -params/--hyperparams)"
         new = first_missing([self.save_path, self.tensorboard_log])
@@ -386,7 +423,6 @@ class CheckedExperimentManager(ExperimentManager):
         except BaseException:
             remove(new)
             raise
-
 
     def _try_trial(self) -> None:
         """A search makes its first model after its study: the same is made before, to see whether it can be."""

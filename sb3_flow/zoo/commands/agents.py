@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -80,13 +79,21 @@ def _run_with_trained_agent(
         if args.algo in EVALUATED_WITH_NOISE and not args.deterministic:
             args.stochastic = True
 
-    loaders = {}
-    for algo, model_class in FLOW_ALGOS.items():
-        if issubclass(model_class, OffPolicyAlgorithm):
-            # rl-zoo3 only knows its own off-policy algorithms: ours would allocate a replay buffer too
-            loaders[algo] = SimpleNamespace(load=partial(model_class.load, buffer_size=1))
+    # rl-zoo3 only knows its own off-policy algorithms: ours would allocate a replay buffer too
+    loaders = {
+        algo: _without_replay_buffer(model_class)
+        for algo, model_class in FLOW_ALGOS.items()
+        if issubclass(model_class, OffPolicyAlgorithm)
+    }
     with rl_zoo3_arguments(check, AGENT_TYPES, dict(folder="logs"), options), mock.patch.dict(ALGOS, loaders):
         program()
+
+
+def _without_replay_buffer(model_class: type[OffPolicyAlgorithm]) -> type[OffPolicyAlgorithm]:
+    def load(cls, *args, **kwargs):
+        return model_class.load(*args, buffer_size=1, **kwargs)
+
+    return type(model_class.__name__, (model_class,), {"load": classmethod(load)})
 
 
 def benchmark() -> None:

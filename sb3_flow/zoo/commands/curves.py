@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 
-from sb3_flow.zoo.arguments import folder, integer, new_file, rl_zoo3_arguments, wrong
+from sb3_flow.zoo.arguments import folder, image_format, integer, new_file, rl_zoo3_arguments
 from sb3_flow.zoo.commands.common import require
 from sb3_flow.zoo.errors import InputError, did_you_mean, user_input
 
@@ -55,7 +55,9 @@ def plot_from_file() -> None:
         keys = [key for key in next(iter(results.values()), ()) if key not in args.skip_keys]
         keys = [key for key in keys if not args.keep_keys or key in args.keep_keys]
         if not envs or not keys:
-            raise InputError("argument --skip-envs: found all of them, expected something to be left to draw, and of the keys too")
+            raise InputError(
+                "argument --skip-envs: found all of them, expected something to be left to draw, and of the keys too"
+            )
         for env in envs:
             missing = [key for key in keys if key not in results[env]]
             if missing:
@@ -66,16 +68,7 @@ def plot_from_file() -> None:
         if args.labels is not None and len(args.labels) != len(keys):
             raise InputError(f"argument -l/--labels: found {len(args.labels)}, expected one for each of {', '.join(keys)}")
 
-    _plot(program, check, dict(output=new_file, fontsize=integer(1), figsize=integer(1), format=_figure_format))
-
-
-def _figure_format(text: str) -> str:
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if text not in formats:
-        raise wrong(text, f"one of {', '.join(formats)}", did_you_mean(text, formats))
-    return text
+    _plot(program, check, dict(output=new_file, fontsize=integer(1), figsize=integer(1), format=image_format))
 
 
 def all_plots() -> None:
@@ -135,20 +128,21 @@ def _runs(exp_folder: str, algo: str, env: str) -> list[Path]:
     if not runs:
         envs = sorted({path.name.rpartition("_")[0] for path in folders})
         expected = f"one of {', '.join(envs)}" if envs else "an environment with runs"
-        raise InputError(
-            f"argument -e/--env: found {env!r}, of which there are no runs in {log_path}, expected {expected}{did_you_mean(env, envs)}"
-        )
+        expected += did_you_mean(env, envs)
+        raise InputError(f"argument -e/--env: found {env!r}, of which there are no runs in {log_path}, expected {expected}")
     return runs
 
 
 def _check_evaluations(runs: list[Path], args: argparse.Namespace) -> None:
     """One of the runs has what rl-zoo3 draws a curve of."""
-    n_curves = 0
+    n_episodes = 0
     for run in runs:
         path = run / "evaluations.npz"
         if not path.is_file():
             continue
-        with user_input(f"{path} is damaged", ValueError, zipfile.BadZipFile, EOFError, KeyError, OSError), np.load(path) as npz:
+        with user_input(f"{path} is damaged", ValueError, zipfile.BadZipFile, EOFError, KeyError, OSError), np.load(
+            path
+        ) as npz:
             timesteps, results = npz["timesteps"], npz["results"]
             keys = [key for key in npz.files if npz[key].shape == results.shape]
         if args.key not in keys:
@@ -156,11 +150,13 @@ def _check_evaluations(runs: list[Path], args: argparse.Namespace) -> None:
             raise InputError(f"argument -k/--key: found {args.key!r}, expected one of {', '.join(keys)} of {path}{hint}")
         if timesteps[0] > args.max_timesteps:
             raise InputError(f"argument -max/--max-timesteps: found {args.max_timesteps}, expected {timesteps[0]} or more")
-        n_curves += len(timesteps) > 1 and timesteps[-1] >= args.min_timesteps
-    if n_curves == 0:
+        if len(timesteps) > 1 and timesteps[-1] >= args.min_timesteps:
+            # Of a single number rl-zoo3 cannot take the mean
+            n_episodes += results.shape[1]
+    if n_episodes < 2:
         raise InputError(
-            f"argument -f/--exp-folders: found no run with two evaluations or more "
-            f"(and --min-timesteps) among {', '.join(map(str, runs))}"
+            f"argument -f/--exp-folders: found no run with two evaluations (of two episodes) or more, "
+            f"and --min-timesteps, among {', '.join(map(str, runs))}"
         )
 
 

@@ -5,19 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from sb3_flow.zoo.arguments import finite, integer, new_file, wrong
+from sb3_flow.zoo.arguments import figure, finite, integer, new_file, wrong
 from sb3_flow.zoo.commands.common import check_env, trained_agent_parser
 from sb3_flow.zoo.errors import InputError, user_input
-
-
-def _figure(text: str) -> Path:
-    """Type of a figure to write."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    suffixes = FigureCanvasBase.get_supported_filetypes()
-    if Path(text).suffix.removeprefix(".") not in ("", *suffixes):
-        raise wrong(text, f"a name that ends in .{', .'.join(suffixes)}")
-    return new_file(text)
 
 
 def _png(text: str) -> Path:
@@ -40,7 +30,9 @@ def plot_flow() -> None:
     parser.add_argument("-o", "--output", help="PNG to write (default: in the folder of the run), and a GIF", type=_png)
     observation = parser.add_mutually_exclusive_group()
     observation.add_argument("--obs", help="Observation (not normalized)", nargs="+", type=finite)
-    observation.add_argument("--steps", help="Or that after some steps of the policy in the environment", default=0, type=integer(0))
+    observation.add_argument(
+        "--steps", help="Or that after some steps of the policy in the environment", default=0, type=integer(0)
+    )
     parser.add_argument("--dims", help="One or two dimensions of the action to show", nargs="+", type=integer(0))
     parser.add_argument("--n-samples", help="Number of samples", default=1000, type=integer(1))
     args = parser.parse_args()
@@ -77,7 +69,7 @@ def plot_gridworld() -> None:
 
     parser = trained_agent_parser("sb3-flow plot-gridworld", plot_gridworld.__doc__)
     parser.add_argument("--algo", help="RL Algorithms, a row of the figure for each", nargs="+", choices=list(ALGOS))
-    parser.add_argument("-o", "--output", help="Figure to write (default: in the folder of the run)", type=_figure)
+    parser.add_argument("-o", "--output", help="Figure to write (default: in the folder of the run)", type=figure)
     parser.set_defaults(algo=["fpo"], env="sb3_flow/GridWorld-v0")
     args = parser.parse_args()
     check_env(args.env, args.gym_packages)

@@ -18,11 +18,10 @@ from sb3_flow.zoo.arguments import (
     seed,
 )
 from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
-from sb3_flow.zoo.errors import InputError, user_input
+from sb3_flow.zoo.errors import InputError
 
 #: A new run has a checkpoint this often, unless --save-freq says otherwise
 DEFAULT_SAVE_FREQ = 25_000
-
 
 
 def model_file(text: str) -> str:
@@ -89,15 +88,11 @@ def train() -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """What the arguments name is there."""
-    from rl_zoo3.utils import ALGOS
-
-    from sb3_flow.common.save_load import check_model_file
-    from sb3_flow.zoo.hyperparams import check_storage, check_study
+    from sb3_flow.zoo.hyperparams import check_storage, check_study, check_trained_agent
 
     check_env(args.env, args.gym_packages, env_kwargs=args.env_kwargs, eval_env_kwargs=args.eval_env_kwargs)
     if args.trained_agent:
-        with user_input("argument -i/--trained-agent", ValueError):
-            check_model_file(args.trained_agent, ALGOS[args.algo])
+        check_trained_agent(args.trained_agent, args.algo, "argument -i/--trained-agent")
     if args.conf_file is None and args.algo in FLOW_ALGOS:
         args.conf_file = default_conf_file(args.algo)
     if args.tensorboard_log and importlib.util.find_spec("tensorboard") is None:
