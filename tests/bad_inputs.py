@@ -158,7 +158,9 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
         ("wrong_name.yml", "'n_step'", "did you mean 'n_steps'?"),
         ("wrong_kwargs.yml", "policy_kwargs", "'net_arc'"),
         ("wrong_wrapper.yml", "env_wrapper", "not_there"),
+        ("null.yml", "policy:None"),
     ]),
+    (f"{TRAIN} -conf wrong_callback.yml", ("fpo on Pendulum-v1", "foo")),
     # Numbers
     *((f"train {AGENT} {option} {value}", (f"argument {name}", f"{value}")) for option, name, values in [
         ("-n", "-n/--n-timesteps", ("-5", "abc", "1.5", "64k")),
@@ -259,6 +261,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
           ("empty", "Pendulum-v1.zip", "damaged"),
           ("other_zip", "Pendulum-v1.zip", "not a model"),
           ("other_algo", "Pendulum-v1.zip", "not a model of FPO"),
+          ("other_env", "Pendulum-v1.zip", "do not match"),
           ("no_model", "Pendulum-v1.zip"),
           ("no_statistics", "vecnormalize.pkl"),
           ("bad_statistics", "vecnormalize.pkl"),
@@ -318,6 +321,9 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     ("plot-train -a fpo -e Pendulum-v1 -f not_there", ("argument -f/--exp-folder", "'not_there'")),
     ("plot-train -a fpo -e Pendulum-v1 -f folder", ("argument -a", "'fpo'", "folder")),
     ("plot-train -a fpo -e Pendulum-v1 -f logs -w 1000", ("nothing to draw", "--episode-window")),
+    ("plot-train -a fpo -e Pendulum-v1 -f damaged/bad_monitor", ("Monitor logs", "damaged/bad_monitor")),
+    ("plot-train -a fpo -e Pendulum-v1 -f damaged/no_monitor", ("nothing to draw",)),
+    ("plot-train -a fpo -e Pendulum-v1 -f logs --fontsize -3", ("argument --fontsize", "-3")),
     ("plot-train -a fpo -e Pendulum-v1 -f logs -w 0", ("argument -w/--episode-window", "0")),
     ("plot-train -a fpo -e Pendulum-v1 -f logs -y success", ("nothing to draw",)),
     ("plot-train -a fpo -e Pendulum-v1 -f logs -max 0", ("argument -max/--max-timesteps", "0")),

@@ -36,6 +36,7 @@ DAMAGES = {
     "empty": lambda run: _rewrite(run / "Pendulum-v1.zip", lambda content: b""),
     "other_zip": lambda run: zipfile.ZipFile(run / "Pendulum-v1.zip", "w").writestr("a", "b"),
     "other_algo": lambda run: shutil.copy("logs/ppo/Pendulum-v1_1/Pendulum-v1.zip", run),
+    "other_env": lambda run: FPO("MlpPolicy", "MountainCarContinuous-v0", n_steps=64).save(run / "Pendulum-v1.zip"),
     "no_model": lambda run: (run / "Pendulum-v1.zip").unlink(),
     "no_statistics": lambda run: (run / "Pendulum-v1/vecnormalize.pkl").unlink(),
     "bad_statistics": lambda run: _rewrite(run / "Pendulum-v1/vecnormalize.pkl", lambda content: content[:-100]),
@@ -119,6 +120,10 @@ def folder(tmp_path_factory):
         "wrong_type": {"default": {**block, "n_steps": "many"}},
         "wrong_name": {"Pendulum-v1": {**block, "n_step": 5}},
         "wrong_kwargs": {"Pendulum-v1": {**block, "policy_kwargs": "dict(net_arc=[8])"}},
+        "null": {"Pendulum-v1": {**block, "policy": None}},
+        "wrong_callback": {
+            "Pendulum-v1": {**block, "callback": [{"stable_baselines3.common.callbacks.CheckpointCallback": {"foo": 1}}]}
+        },
         "wrong_wrapper": {"Pendulum-v1": {**block, "env_wrapper": [{"not_there.Wrapper": {"a": 1}}]}},
     }.items():
         Path(f"{name}.yml").write_text(yaml.safe_dump(content))

@@ -14,7 +14,7 @@ from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hype
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.utils import check_for_correct_spaces, set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
@@ -101,6 +101,8 @@ def load_run(
     seed: int = 0,
     device: str = "auto",
     n_envs: int = 1,
+    load_checkpoint: int | None = None,
+    load_last_checkpoint: bool = False,
 ) -> tuple[BaseAlgorithm, VecEnv, Path]:
     """
     The model of a run, and an environment such as it was trained in.
@@ -113,10 +115,12 @@ def load_run(
     :param seed: Seed of the environment and of the actions
     :param device: PyTorch device
     :param n_envs: Number of environments side by side
+    :param load_checkpoint: Number of timesteps of the checkpoint to load instead
+    :param load_last_checkpoint: Whether to load the last checkpoint instead
     :return: model, environment, with the statistics of ``VecNormalize`` if there are any, and path of the model
     :raises InputError: if there is no such run, or a file of it is damaged
     """
-    model_path = find_model(algo, env, folder, exp_id, load_best)
+    model_path = find_model(algo, env, folder, exp_id, load_best, load_checkpoint, load_last_checkpoint)
     print(f"Loading {model_path}")
     parameters_folder = model_path.parent / EnvironmentName(env)
     hyperparams, stats_path = get_saved_hyperparams(str(parameters_folder), test_mode=True)
@@ -136,6 +140,7 @@ def load_run(
         kwargs["env"] = vec_env
     with user_input(f"{model_path} as a model of {algo}"):
         model = ALGOS[algo].load(model_path, custom_objects=custom_objects, device=device, **kwargs)
+        check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
     return model, vec_env, model_path
 
 

@@ -1,13 +1,14 @@
 """Checks of hyperparameters, of the command line or of a YAML file, before anything is made of them."""
 
 import argparse
+import contextlib
 import inspect
 import json
 import numbers
 import shutil
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_flow.common.save_load import check_model_file
+from sb3_flow.zoo import default_conf_file
 from sb3_flow.zoo.arguments import new_folder
 from sb3_flow.zoo.errors import InputError, did_you_mean, one_line, user_input
 
@@ -408,20 +410,28 @@ class CheckedExperimentManager(ExperimentManager):
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         what = f"{self.algo} on {self.env_name.gym_id}"
         # With values of the user's own, whatever goes wrong is about them
-        is_users = any((self.custom_hyperparams, self.env_kwargs, self._eval_env_kwargs_args, self.trained_agent))
+        shipped = (default_conf_file(self.algo), str(Path(rl_zoo3.__file__).parent / "hyperparams" / f"{self.algo}.yml"))
+        own = (self.custom_hyperparams, self.env_kwargs, self._eval_env_kwargs_args, self.trained_agent)
+        kinds = (Exception,) if any(own) or self.config not in shipped else (ValueError, AssertionError)
         if self.trained_agent:
             what += f", from {self.trained_agent} and the files beside it"
         if self.custom_hyperparams:
             what += " (argument -params/--hyperparams)"
-        new = first_missing([self.save_path, self.tensorboard_log])
+        new = [folder for folder in (Path(self.save_path), *Path(self.save_path).parents) if not folder.exists()]
         try:
-            with user_input(what, *(() if is_users else (ValueError, AssertionError))):
+            with user_input(what, *kinds):
                 experiment = super().setup_experiment()
                 if experiment is None:
                     self._try_trial()
                 return experiment
         except BaseException:
-            remove(new)
+            # Nothing has started yet
+            if new:
+                shutil.rmtree(self.save_path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in new[1:]:
+                    # Unless another process has a run in it by now
+                    folder.rmdir()
             raise
 
     def _try_trial(self) -> None:
@@ -442,26 +452,3 @@ class CheckedExperimentManager(ExperimentManager):
         sampled = HYPERPARAMS_SAMPLER[self.algo](trial, self.n_actions, self.n_envs, her)
         ALGOS[self.algo](env=env, device=self.device, **{**hyperparams, **sampled})
         env.close()
-
-
-def first_missing(paths: Iterable[str | None]) -> list[Path]:
-    """
-    :param paths: Paths that are going to be made
-    :return: the first folder of each that is not there yet, to be able to remove all of it
-    """
-    missing = []
-    for path in filter(None, paths):
-        new = Path(path).absolute()
-        while new.parent != new and not new.parent.exists():
-            new = new.parent
-        if not new.exists():
-            missing.append(new)
-    return missing
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """
-    :param paths: Folders to remove, if they are there
-    """
-    for path in paths:
-        shutil.rmtree(path, ignore_errors=True)

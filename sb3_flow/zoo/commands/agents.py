@@ -1,7 +1,9 @@
 """Trained agents: watched, evaluated, recorded."""
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import os
 import runpy
 import subprocess
@@ -11,6 +13,8 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS
@@ -67,14 +71,15 @@ def _run_with_trained_agent(
 ) -> None:
     from rl_zoo3.utils import ALGOS
 
-    from sb3_flow.zoo.evaluate import find_model
+    from sb3_flow.zoo.evaluate import load_run
 
     def check(args: argparse.Namespace) -> None:
         env_id = args.env.gym_id
         check_env(env_id, args.gym_packages, env_kwargs=args.env_kwargs)
-        find_model(
-            args.algo, env_id, args.folder, args.exp_id, args.load_best, args.load_checkpoint, args.load_last_checkpoint
-        )
+        # rl-zoo3 does the same again, without checks
+        which = dict(load_checkpoint=args.load_checkpoint, load_last_checkpoint=args.load_last_checkpoint)
+        with contextlib.redirect_stdout(io.StringIO()):
+            load_run(args.algo, env_id, args.folder, args.exp_id, args.load_best, **which)[1].close()
         check_more(args)
         if args.algo in EVALUATED_WITH_NOISE and not args.deterministic:
             args.stochastic = True
@@ -149,8 +154,11 @@ def evaluate() -> None:
     args = vars(parser.parse_args())
     check_env(args["env"], args.pop("gym_packages"))
     run_folder = find_model(args["algo"], args["env"], args["folder"], args["exp_id"], args["load_best"]).parent
+    # What the learning curve is drawn of, before the result is written
     with user_input(f"logs of {run_folder}"):
-        figure = plot_learning_curve(run_folder, title=f"{args['algo'].upper()} on {args['env']}")
+        load_results(str(run_folder))
+        if (run_folder / "evaluations.npz").is_file():
+            np.load(run_folder / "evaluations.npz").close()
     result = evaluate_run(**args)
     kind = "deterministic" if result["deterministic"] else "stochastic"
     print(
@@ -159,4 +167,5 @@ def evaluate() -> None:
     )
     if result["success_rate"] is not None:
         print(f"Success rate: {100 * result['success_rate']:.0f} %")
+    figure = plot_learning_curve(run_folder, title=f"{args['algo'].upper()} on {args['env']}")
     print(f"Learning curve: {figure}")

@@ -1,6 +1,7 @@
 """Figures of the logs: rl-zoo3's plots."""
 
 import argparse
+import contextlib
 import itertools
 import pickle
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from stable_baselines3.common.monitor import LoadMonitorResultsError, load_results
 
 from sb3_flow.zoo.arguments import folder, image_format, integer, new_file, rl_zoo3_arguments
 from sb3_flow.zoo.commands.common import require
@@ -24,10 +26,12 @@ def plot_train() -> None:
 
     def check(args: argparse.Namespace) -> None:
         args.env = _folder_names(args.env)
-        for env in args.env:
-            _runs(args.exp_folder, args.algo, env)
+        for run in (run for env in args.env for run in _runs(args.exp_folder, args.algo, env)):
+            with user_input(f"Monitor logs of {run} are damaged"), contextlib.suppress(LoadMonitorResultsError):
+                load_results(str(run))
 
     types = dict(exp_folder=folder, max_timesteps=integer(1), episode_window=integer(1))
+    types |= dict(fontsize=integer(1), figsize=integer(1))
     _plot(program, check, types)
 
 
