@@ -3,6 +3,8 @@ Wrong inputs of the command line, and what their error message has to name. The 
 test_bad_input.py.
 """
 
+import importlib.util
+
 TRAIN = "train --algo fpo --env Pendulum-v1 -n 64 --eval-freq -1"
 SEARCH = "optimize --algo fpo --env Pendulum-v1 -n 64 --n-trials 1"
 AGENT = "--algo fpo --env Pendulum-v1"
@@ -214,6 +216,11 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"{ENJOY} --device meta", ("argument --device", "'meta'")),
     (f"plot-flow {AGENT} --device cpu0", ("argument --device", "'cpu0'", "did you mean 'cpu'?")),
     (f"{SEARCH} --sampler foo", ("argument --sampler", "'foo'", "tpe")),
+    *(
+        [(f"{SEARCH} --sampler auto", ("argument --sampler", "optunahub"))]
+        if importlib.util.find_spec("optunahub") is None
+        else []
+    ),
     (f"{SEARCH} --pruner medium", ("argument --pruner", "did you mean 'median'?")),
     ("plot-train -a fpo -e Pendulum-v1 -f logs -x step", ("argument -x/--x-axis", "did you mean 'steps'?")),
     ("plot-train -a fpo -e Pendulum-v1 -f logs -y return", ("argument -y/--y-axis", "reward")),

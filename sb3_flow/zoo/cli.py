@@ -26,6 +26,8 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "plot-flow": policies.plot_flow,
     "plot-gridworld": policies.plot_gridworld,
 }
+#: Packages that the commands import when they need them
+OF_EXTRAS = ("matplotlib", "moviepy", "pandas", "plotly", "pygame", "pytablewriter", "rl_zoo3", "scipy", "seaborn")
 #: Exit status of a wrong input, as that of ``argparse``; a bug has 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
@@ -39,7 +41,7 @@ def main() -> None:
         _run_command()
     except (InputError, ImportError, OSError, gym.error.Error) as error:
         # What is not installed, files that cannot be written, ... tell so in their own words
-        hint = ' (it may come with: pip install "sb3-flow[zoo,plots]")' if isinstance(error, ModuleNotFoundError) else ""
+        hint = ' (it comes with: pip install "sb3-flow[zoo,plots]")' if getattr(error, "name", None) in OF_EXTRAS else ""
         if debug:
             traceback.print_exc()
         _exit(f"sb3-flow: error: {one_line(error)}{hint}", WRONG_INPUT)

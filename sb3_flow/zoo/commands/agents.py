@@ -57,7 +57,7 @@ def record_video() -> None:
     def check(args: argparse.Namespace) -> None:
         for package in ("moviepy", "pygame"):
             if importlib.util.find_spec(package) is None:
-                raise ModuleNotFoundError(f"{package} is not installed")
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     # It has no --gym-packages
     packages = ("--gym-packages", dict(nargs="+", default=[], help="Packages to import, for their environments"))
@@ -96,7 +96,7 @@ def _run_with_trained_agent(
 
 def _without_replay_buffer(model_class: type[OffPolicyAlgorithm]) -> type[OffPolicyAlgorithm]:
     def load(cls, *args, **kwargs):
-        return model_class.load(*args, buffer_size=1, **kwargs)
+        return model_class.load(*args, **{"buffer_size": 1, **kwargs})
 
     return type(model_class.__name__, (model_class,), {"load": classmethod(load)})
 

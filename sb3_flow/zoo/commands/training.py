@@ -95,8 +95,12 @@ def _check(args: argparse.Namespace) -> None:
         check_trained_agent(args.trained_agent, args.algo, "argument -i/--trained-agent")
     if args.conf_file is None and args.algo in FLOW_ALGOS:
         args.conf_file = default_conf_file(args.algo)
-    if args.tensorboard_log and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("argument -tb/--tensorboard-log: needs tensorboard: pip install tensorboard")
+    for argument, package, is_needed in (
+        ("-tb/--tensorboard-log", "tensorboard", args.tensorboard_log),
+        ("--sampler", "optunahub", args.optimize_hyperparameters and args.sampler == "auto"),
+    ):
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise InputError(f"argument {argument}: needs {package}: pip install {package}")
     if args.optimize_hyperparameters and args.storage is not None:
         check_storage(args.storage)
     study = {"--storage": args.storage, "--study-name": args.study_name, "--trial-id": args.trial_id}
