@@ -96,6 +96,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"{TRAIN} -params n_steps:'\"abc\"'", ("argument -params/--hyperparams", "n_steps:'abc'", "a whole number")),
     (f"{TRAIN} -params batch_size:2.5", ("argument -params/--hyperparams", "batch_size:2.5", "a whole number")),
     (f"{TRAIN} -params batch_size:0", ("argument -params/--hyperparams", "batch_size:0", "1 or more")),
+    (f"{TRAIN} -params n_steps:10**400", ("argument -params/--hyperparams",)),
     (f"{TRAIN} -params n_epochs:True", ("argument -params/--hyperparams", "n_epochs:True", "a whole number")),
     (f"{TRAIN} -params learning_rate:lin_", ("argument -params/--hyperparams", "learning_rate:lin_")),
     (f"{TRAIN} -params learning_rate:'\"lin_\"'", ("argument -params/--hyperparams", "learning_rate:'lin_'", "lin_NUMBER")),

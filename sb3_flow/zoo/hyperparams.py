@@ -106,17 +106,17 @@ def _check_range(key: str, value: Any) -> str | None:
     """What is expected, if the value is out of the range that all algorithms share."""
     if key == "net_arch":
         parts = value if isinstance(value, dict) else {"pi": value or []}
-        sizes = [size for part in parts.values() if isinstance(part, (list, tuple)) for size in part]
-        fits = parts.keys() <= {"pi", "vf", "qf"} and all(float(size) >= 1 for size in sizes if isinstance(size, numbers.Real))
+        sizes: list[Any] = [size for part in parts.values() if isinstance(part, (list, tuple)) for size in part]
+        fits = parts.keys() <= {"pi", "vf", "qf"} and all(size >= 1 for size in sizes if isinstance(size, (int, float)))
         return None if fits else "numbers of units, 1 or more each, or a dict of them for 'pi' and 'vf' (or 'qf')"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
-    value = float(value)
+    number: Any = value
     for keys, fits, expected in (
-        (COUNTS, value >= 1, "1 or more"),
-        (NOT_NEGATIVE, value >= 0, "0 or more"),
-        (POSITIVE, value > 0, "more than 0"),
-        (FRACTIONS, 0 <= value <= 1, "between 0 and 1"),
+        (COUNTS, number >= 1, "1 or more"),
+        (NOT_NEGATIVE, number >= 0, "0 or more"),
+        (POSITIVE, number > 0, "more than 0"),
+        (FRACTIONS, 0 <= number <= 1, "between 0 and 1"),
     ):
         if key in keys and not fits:
             return expected
