@@ -114,31 +114,6 @@ def test_experiment_manager(monkeypatch):
     assert made.value.args == ("fpo", "Pendulum-v1", "logs", "", "mine.yml")
 
 
-def test_train_arguments(monkeypatch):
-    """The parser of train() has defaults of its own, and nothing sees what it parsed before they are used."""
-    made = []
-
-    def manager(args, *rest, **kwargs):
-        made.append((args.n_timesteps, args.eval_freq, args.log_folder))
-        raise NotImplementedError
-
-    def check(args):
-        args.log_folder = "elsewhere"
-
-    monkeypatch.setattr(sys, "argv", ["train", "--algo", "fpo", "--env", "Pendulum-v1", "--eval-freq", "5"])
-    with pytest.raises(NotImplementedError), patches.experiment_manager(manager):
-        rl_zoo3.train.train()
-    defaults = dict(n_timesteps=7, eval_freq=9)
-    with (
-        pytest.raises(NotImplementedError),
-        patches.experiment_manager(manager),
-        patches.train_arguments(defaults, check),
-    ):
-        rl_zoo3.train.train()
-    # (the user has the last word)
-    assert made == [(-1, 5, "logs"), (7, 5, "elsewhere")] and rl_zoo3.train.argparse is argparse
-
-
 def test_runs_with_uuid():
     """The number of the latest run is looked for at the end of the names of folders."""
     folder = run_folder("ppo", "Pendulum-v1", PPO("MlpPolicy", "Pendulum-v1", n_steps=2, batch_size=2))

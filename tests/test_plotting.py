@@ -165,11 +165,11 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert Path("logs/fpo/sb3_flow-GridWorld-v0_1/flow.gif").is_file()
     run("plot-flow", "--env", world, "--obs", 0, -1, "--dims", 1, "--n-samples", 50, "-o", "one.png")
     assert Path("one.png").is_file()
-    with pytest.raises(SystemExit, match="Pendulum-v1 is not a GridWorld"):
+    with pytest.raises(SystemExit, match="'Pendulum-v1', expected a GridWorld"):
         run("train", "--algo", "fpo", "--env", "Pendulum-v1", *params)
         run("plot-gridworld", "--env", "Pendulum-v1")
     for error, args in {
-        "argument --obs: expected 2 numbers, got 1": ["--obs", 0],
+        "argument --obs: found 1 numbers, expected 2": ["--obs", 0],
         "`dims`": ["--dims", 2],
         "PPO has no flow to draw": ["--algo", "ppo"],
         "folder was not found": ["--algo", "fpo", "-f", "elsewhere"],

@@ -148,7 +148,7 @@ def test_fql_offline_then_online(monkeypatch, capsys):
         classmethod(lambda cls, *args, **kwargs: buffer_sizes.append(kwargs["buffer_size"]) or load(cls, *args, **kwargs)),
     )
     sb3_flow_main(monkeypatch, "enjoy", "--algo", "fql", "--env", "Pendulum-v1", "--no-render", "-n", 200)
-    assert "1 Episodes" in capsys.readouterr().out and buffer_sizes == [1]
+    assert "1 Episodes" in capsys.readouterr().out and set(buffer_sizes) == {1}
     assert ALGOS["fql"] is FQL
 
 

@@ -27,6 +27,7 @@ from sb3_flow.common.flow import (
     rescale_error,
     to_action,
 )
+from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 
@@ -59,7 +60,7 @@ def select(observations: PyTorchObs, indices: th.Tensor | slice) -> PyTorchObs:
     return observations[indices]
 
 
-class FPO(OnPolicyAlgorithm):
+class FPO(CheckedLoad, OnPolicyAlgorithm):
     """
     Flow Policy Optimization (FPO)
 

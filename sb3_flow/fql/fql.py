@@ -29,6 +29,7 @@ from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_ter
 from sb3_flow.common.checks import to_int
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
+from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
 from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
 
@@ -44,7 +45,7 @@ REWARD_ARGUMENTS = {"reward_scale": 1.0, "reward_shift": 0.0}
 OFFLINE_LOG_INTERVAL = 1000
 
 
-class FQL(OffPolicyAlgorithm):
+class FQL(CheckedLoad, OffPolicyAlgorithm):
     """
     Flow Q-Learning (FQL)
 

@@ -1,11 +1,16 @@
 """The command line: rl-zoo3's own programs, with the algorithms of this package."""
 
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
+
+import gymnasium as gym
 
 from sb3_flow.zoo import register
 from sb3_flow.zoo.commands import agents, curves, policies, training
 from sb3_flow.zoo.commands.datasets import datasets
+from sb3_flow.zoo.errors import InputError, did_you_mean, one_line
 
 COMMANDS: dict[str, Callable[[], None]] = {
     "train": training.train,
@@ -21,25 +26,51 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "plot-flow": policies.plot_flow,
     "plot-gridworld": policies.plot_gridworld,
 }
+#: Packages that the commands import when they need them
+OF_EXTRAS = ("matplotlib", "moviepy", "pandas", "plotly", "pygame", "pytablewriter", "rl_zoo3", "scipy", "seaborn")
+#: Exit status of a wrong input, as that of ``argparse``; a bug has 1
+WRONG_INPUT = 2
+INTERRUPTED = 130
 
 
 def main() -> None:
     """Entry point of ``sb3-flow`` and of ``python -m sb3_flow.zoo``."""
+    debug = "--debug" in sys.argv
+    sys.argv[:] = [arg for arg in sys.argv if arg != "--debug"]
+    try:
+        _run_command()
+    except (InputError, ImportError, OSError, gym.error.Error) as error:
+        # What is not installed, files that cannot be written, ... tell so in their own words
+        hint = ' (it comes with: pip install "sb3-flow[zoo,plots]")' if getattr(error, "name", None) in OF_EXTRAS else ""
+        if debug:
+            traceback.print_exc()
+        _exit(f"sb3-flow: error: {one_line(error)}{hint}", WRONG_INPUT)
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        _exit("sb3-flow: interrupted", INTERRUPTED)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    error = SystemExit(message)
+    error.code = status
+    raise error from None
+
+
+def _run_command() -> None:
     usage = f"usage: sb3-flow {{{','.join(COMMANDS)}}} [options]"
     if len(sys.argv) < 2 or sys.argv[1] in {"-h", "--help"}:
         print(usage)
         for name, function in COMMANDS.items():
             print(f"  {name:14} {function.__doc__}")
-        print("\nsb3-flow COMMAND --help lists the options of a command.")
+        print("\nsb3-flow COMMAND --help lists the options of a command, --debug shows the traceback of an error.")
         return
     command = sys.argv.pop(1)
     if command not in COMMANDS:
-        sys.exit(f"{usage}\nsb3-flow: error: unknown command {command!r}, it must be one of {', '.join(COMMANDS)}")
+        hint = did_you_mean(command, COMMANDS)
+        raise InputError(f"unknown command {command!r}, it must be one of {', '.join(COMMANDS)}{hint}")
     # For the usage
     sys.argv[0] = f"sb3-flow {command}"
-    try:
-        register()
-        COMMANDS[command]()
-    except (ImportError, FileNotFoundError) as error:
-        hint = ' (it may come with: pip install "sb3-flow[zoo,plots]")' if isinstance(error, ModuleNotFoundError) else ""
-        sys.exit(f"sb3-flow: error: {error}{hint}")
+    register()
+    COMMANDS[command]()

@@ -1,5 +1,6 @@
 """rl-zoo3's experiment manager, with runs that can go on after whatever ended them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ import optuna
 import yaml
 from huggingface_sb3 import EnvironmentName
 from optuna.trial import TrialState
-from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
@@ -28,6 +28,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
 from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for, read_conf_file
+from sb3_flow.zoo.errors import InputError
+from sb3_flow.zoo.hyperparams import CheckedExperimentManager
 from sb3_flow.zoo.runs import Run, SavedModel, lock, remove_unfinished, written_whole
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
@@ -134,7 +136,7 @@ class _TrueZero(int):
         return True
 
 
-class FlowExperimentManager(ExperimentManager):
+class FlowExperimentManager(CheckedExperimentManager):
     """
     rl-zoo3's ``ExperimentManager``, whose runs can go on after whatever ended them.
 
@@ -161,6 +163,8 @@ class FlowExperimentManager(ExperimentManager):
         self.resumed_timesteps = 0
         self.is_interrupted = False
         self.has_new_folder = False
+        #: Folders that the new one is in, and that were not there before, the innermost first
+        self.new_parents: list[Path] = []
         #: Monitor logs that were renamed for those of this process, and their new names
         self.earlier_logs: list[tuple[Path, Path]] = []
         if run is not None:
@@ -180,7 +184,10 @@ class FlowExperimentManager(ExperimentManager):
             moved = {name: value for name, value in (self.custom_hyperparams or {}).items() if name == "dataset"}
             self.has_own_hyperparams = True
             return self.run.config | moved, self.run.config | moved
-        env_name, blocks = self.env_name, read_conf_file(self.config)
+        env_name, blocks = self.env_name, {}
+        with contextlib.suppress(Exception):
+            # (what is wrong with the file is told below)
+            blocks = dict(read_conf_file(self.config))
         namespace = gym.spec(env_name.gym_id).namespace
         self.has_own_hyperparams = env_name.gym_id in blocks
         # rl-zoo3 takes that block whether it is there or not
@@ -222,7 +229,7 @@ class FlowExperimentManager(ExperimentManager):
             self.n_evaluations = max(1, (self.offline_steps + n_timesteps) // 100_000)
         processed = super()._preprocess_hyperparams(hyperparams)
         if self.n_timesteps + self.offline_steps == 0:
-            raise ValueError("argument -n/--n-timesteps: 0 timesteps, and no `offline_steps`: there is nothing to learn")
+            raise InputError("argument -n/--n-timesteps: 0 timesteps, and no `offline_steps`: there is nothing to learn")
         if not self._eval_env_kwargs_args:
             # rl-zoo3 forgets those of the YAML file
             self.eval_env_kwargs = self.env_kwargs
@@ -253,6 +260,7 @@ class FlowExperimentManager(ExperimentManager):
         if self.run is not None:
             remove_unfinished(self.run.folder)
             return
+        self.new_parents = [folder for folder in Path(self.save_path).parents if not folder.exists()]
         while not self.has_new_folder:
             try:
                 os.makedirs(self.save_path)
@@ -281,18 +289,19 @@ class FlowExperimentManager(ExperimentManager):
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         try:
             return super().setup_experiment()
-        except BaseException as error:
+        except BaseException:
             # Ctrl-C included
             self._leave_as_it_was()
-            if isinstance(error, (ValueError, AssertionError)):
-                # The message says it all
-                raise SystemExit(f"sb3-flow: error: {error}") from error
             raise
 
     def _leave_as_it_was(self) -> None:
         """Nothing was learned: a new run leaves no folder, another is as it was."""
         if self.has_new_folder:
             shutil.rmtree(self.save_path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in self.new_parents:
+                    # Unless another process has a run in it by now
+                    folder.rmdir()
         for path, renamed in self.earlier_logs:
             renamed.replace(path)
 
@@ -425,7 +434,7 @@ class FlowExperimentManager(ExperimentManager):
             except ValueError as error:
                 if self.has_completed_trial or (study and study.get_trials(states=[TrialState.COMPLETE])):
                     raise
-                raise SystemExit("sb3-flow: error: no trial was completed: all were pruned or failed") from error
+                raise InputError("no trial was completed: all were pruned or failed") from error
         if study is not None:
             number = study.best_trial.number
             print(f"The best trial is number {number}, to train with: --study-name {study.study_name} --trial-id {number}")

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import rl_zoo3.train
@@ -75,25 +74,6 @@ def experiment_manager(manager: Callable[..., ExperimentManager]) -> AbstractCon
     :return: context manager
     """
     return _replaced(rl_zoo3.train, "ExperimentManager", manager)
-
-
-def train_arguments(defaults: dict[str, Any], check: Callable[[argparse.Namespace], Any]) -> AbstractContextManager[None]:
-    """
-    ``rl_zoo3.train`` makes a parser of its own, whose defaults are not those of a run that is resumed.
-
-    :param defaults: The defaults
-    :param check: Called with what was parsed, which it may change
-    :return: context manager
-    """
-
-    class Parser(argparse.ArgumentParser):
-        def parse_args(self, *args, **kwargs):  # type: ignore[override]
-            self.set_defaults(**defaults)
-            parsed = super().parse_args(*args, **kwargs)
-            check(parsed)
-            return parsed
-
-    return _replaced(rl_zoo3.train, "argparse", SimpleNamespace(ArgumentParser=Parser))
 
 
 def runs_with_uuid() -> AbstractContextManager[None]:

@@ -28,6 +28,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_flow.zoo.errors import InputError, one_line
+
 #: Options that may be given anew with ``--resume``, with the reason why they do not change what is learned
 FREE_OPTIONS = {
     "verbose": "only what is printed",
@@ -55,14 +57,6 @@ EVALUATED = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "no
 CHECKPOINT = re.compile(r"rl_model_(\d+)_steps\.zip")
 #: Beginning of the names of folders that hold what is not written whole yet
 UNFINISHED = ".unfinished_"
-
-
-def stop(message: str) -> SystemExit:
-    """
-    :param message: What is wrong with the input of the user, and what to do about it
-    :return: to be raised
-    """
-    return SystemExit(f"sb3-flow: error: {message}")
 
 
 @contextlib.contextmanager
@@ -138,7 +132,7 @@ class Run:
     A run of rl-zoo3.
 
     :param folder: Its folder, e.g. logs/fpo/HalfCheetah-v5_1
-    :raises SystemExit: if it is not the folder of a run
+    :raises InputError: if it is not the folder of a run
     """
 
     #: Where it goes on, after :meth:`resume`
@@ -148,7 +142,7 @@ class Run:
         self.folder = folder
         paths = list(folder.glob("*/args.yml"))
         if len(paths) != 1:
-            raise stop(f"{folder} is not the folder of a run: there is no {folder}/ENV/args.yml")
+            raise InputError(f"{folder} is not the folder of a run: there is no {folder}/ENV/args.yml")
         try:
             #: Its options, as the parser of rl-zoo3 has them
             self.args: dict[str, Any] = dict(yaml.unsafe_load(paths[0].read_text()))
@@ -159,7 +153,7 @@ class Run:
                 raise ValueError(f"unknown algorithm {self.algo!r}")
         except Exception as error:
             # What a damaged YAML file leads to can be anything
-            raise stop(f"the options of {folder} cannot be read: {_one_line(error)}") from error
+            raise InputError(f"the options of {folder} cannot be read: {one_line(error)}") from error
 
     @property
     def n_timesteps(self) -> int:
@@ -198,7 +192,7 @@ class Run:
                 block = self._read_conf_file(args.conf_file)
             except Exception as error:
                 # It can be a program
-                return [*found, f"-conf/--conf-file: {_one_line(error)}"]
+                return [*found, f"-conf/--conf-file: {one_line(error)}"]
             hyperparams = block | (self.args["hyperparams"] or {}) | hyperparams
             # What it says of the number of timesteps is a default of -n
             hyperparams["n_timesteps"] = self.config["n_timesteps"]
@@ -219,10 +213,10 @@ class Run:
         :param args: Options, for which those of :meth:`defaults` are the defaults. They become those to go on with.
         :return: lock of the run, to be released in the end
         :raises RunIsFinished: if it has all of its timesteps
-        :raises SystemExit: if it has other options, cannot be resumed, or is being trained by another process
+        :raises InputError: if it has other options, cannot be resumed, or is being trained by another process
         """
         if differences := self.differences(args):
-            raise stop(f"argument --resume: {self.folder} has other options: {'; '.join(differences)}")
+            raise InputError(f"argument --resume: {self.folder} has other options: {'; '.join(differences)}")
         args.n_timesteps = max(args.n_timesteps, self.n_timesteps)
         total = self.offline_steps + args.n_timesteps
         self.state = self.last_state(args.n_timesteps)
@@ -281,7 +275,7 @@ class Run:
 
         :param n_timesteps: What the run is to go on to. With all of them nothing is left to be learned from a replay buffer
         :return: where the run can go on
-        :raises SystemExit: if there is no model that loads
+        :raises InputError: if there is no model that loads
         """
         skipped: list[str] = []
         without_buffer: State | None = None
@@ -290,7 +284,7 @@ class Run:
                 num_timesteps = self._load(model)
             except Exception as error:
                 # What damaged files lead to can be anything
-                skipped.append(f"{model.path.name}: {_one_line(error)}")
+                skipped.append(f"{model.path.name}: {one_line(error)}")
                 continue
             if num_timesteps <= self.offline_steps and without_buffer is not None:
                 # It needs no replay buffer, but has not learned from one
@@ -304,7 +298,7 @@ class Run:
         if without_buffer is not None:
             return without_buffer
         reasons = "; ".join(skipped) if skipped else "it has no checkpoint yet"
-        raise stop(f"{self.folder} cannot be resumed: {reasons}")
+        raise InputError(f"{self.folder} cannot be resumed: {reasons}")
 
     def _load(self, saved: SavedModel) -> int:
         """
@@ -341,7 +335,7 @@ class Run:
         try:
             load_pickle(saved.replay_buffer, ReplayBuffer)
         except Exception as error:
-            return _one_line(error)
+            return one_line(error)
         return None
 
 
@@ -349,15 +343,15 @@ def lock(folder: Path) -> FileLock:
     """
     :param folder: Folder of a run
     :return: lock, held until it is released, or the process is dead
-    :raises SystemExit: if another process has it
+    :raises InputError: if another process has it
     """
     file_lock = FileLock(folder / ".lock", timeout=0)
     try:
         file_lock.acquire()
     except Timeout as error:
-        raise stop(f"{folder} is being trained by another process") from error
+        raise InputError(f"{folder} is being trained by another process") from error
     except OSError as error:
-        raise stop(f"{folder} cannot be written: {error}") from error
+        raise InputError(f"{folder} cannot be written: {error}") from error
     return file_lock
 
 
@@ -411,13 +405,13 @@ def find_run(log_path: Path, env_id: str) -> Run:
     :param log_path: e.g. logs/fpo
     :param env_id: Environment id
     :return: the run
-    :raises SystemExit: if there is none
+    :raises InputError: if there is none
     """
     env_name = EnvironmentName(env_id)
     for folder in run_folders(log_path, env_name):
         if (folder / env_name / "args.yml").is_file():
             return Run(folder)
-    raise stop(f"argument --resume: there is no run of {env_id} in {log_path}")
+    raise InputError(f"argument --resume: there is no run of {env_id} in {log_path}")
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -441,15 +435,10 @@ def load_pickle(path: Path, kind: type) -> Any:
     except FileNotFoundError as error:
         raise ValueError(f"there is no {path.name}") from error
     except Exception as error:
-        raise ValueError(f"{path.name} does not load: {_one_line(error)}") from error
+        raise ValueError(f"{path.name} does not load: {one_line(error)}") from error
     if not isinstance(loaded, kind):
         raise ValueError(f"{path.name} is no {kind.__name__}")
     return loaded
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -1,58 +1,105 @@
 """Trained agents: watched, evaluated, recorded."""
 
 import argparse
+import contextlib
+import importlib.util
+import io
+import os
 import runpy
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+from stable_baselines3.common.monitor import load_results
+
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
-from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
+from sb3_flow.zoo.arguments import device, folder, integer, new_folder, rl_zoo3_arguments, seed
+from sb3_flow.zoo.commands.common import check_env, trained_agent_parser
+from sb3_flow.zoo.errors import InputError, user_input
+
+AGENT_TYPES = dict(
+    folder=folder,
+    n_timesteps=integer(1),
+    num_threads=integer(1, default=-1),
+    n_envs=integer(1),
+    exp_id=integer(0, default=-1),
+    verbose=integer(0),
+    device=device,
+    load_checkpoint=integer(0),
+    seed=seed,
+    reward_log=new_folder,
+    output_folder=new_folder,
+    log_dir=folder,
+    benchmark_dir=new_folder,
+)
 
 
 def enjoy() -> None:
     """rl-zoo3's enjoy, looking into logs/ (where train writes) unless told otherwise."""
-    from rl_zoo3.enjoy import enjoy as rl_zoo3_enjoy
+    from rl_zoo3.enjoy import enjoy as program
 
-    _run_with_trained_agent(rl_zoo3_enjoy)
+    def check(args: argparse.Namespace) -> None:
+        screens = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+        if not args.no_render and sys.platform.startswith("linux") and not any(map(os.environ.get, screens)):
+            raise InputError("argument --no-render: expected, as there is no screen to show the environment on")
+
+    _run_with_trained_agent(program, check)
 
 
 def record_video() -> None:
     """rl-zoo3's record_video: a video of a trained agent, in the folder of its run."""
-    # It has no --gym-packages, which are imported here
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--gym-packages", nargs="+", default=[])
-    args, sys.argv[1:] = parser.parse_known_args()
-    _run_with_trained_agent(partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__"), args.gym_packages)
+
+    def check(args: argparse.Namespace) -> None:
+        for package in ("moviepy", "pygame"):
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    # It has no --gym-packages
+    packages = ("--gym-packages", dict(nargs="+", default=[], help="Packages to import, for their environments"))
+    _run_with_trained_agent(partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__"), check, [packages])
 
 
-def _run_with_trained_agent(program: Callable[[], Any], gym_packages: Sequence[str] = ()) -> None:
+def _run_with_trained_agent(
+    program: Callable[[], Any],
+    check_more: Callable[[argparse.Namespace], None],
+    options: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> None:
     from sb3_flow.zoo import patches
+    from sb3_flow.zoo.evaluate import load_run
 
-    args = base_parser(add_help=False).parse_known_args()[0]
-    check_env(args.env, [*gym_packages, *args.gym_packages])
-    add_defaults("--folder", "logs")
-    if args.algo in EVALUATED_WITH_NOISE and "--deterministic" not in sys.argv:
-        add_defaults("--stochastic")
-    try:
-        with patches.without_replay_buffer(args.algo), patches.mujoco_warnings_once(), patches.runs_with_uuid():
-            program()
-    except (ValueError, AssertionError) as error:
-        # The message says it all, if there is no such run
-        if traceback.extract_tb(error.__traceback__)[-1].name != "get_model_path":
-            raise
-        raise FileNotFoundError(str(error)) from error
+    def check(args: argparse.Namespace) -> None:
+        env_id = args.env.gym_id
+        check_env(env_id, args.gym_packages, env_kwargs=args.env_kwargs)
+        # rl-zoo3 does the same again, without checks
+        which = dict(load_checkpoint=args.load_checkpoint, load_last_checkpoint=args.load_last_checkpoint)
+        with contextlib.redirect_stdout(io.StringIO()):
+            load_run(args.algo, env_id, args.folder, args.exp_id, args.load_best, **which)[1].close()
+        check_more(args)
+        if args.algo in EVALUATED_WITH_NOISE and not args.deterministic:
+            args.stochastic = True
+        loading.enter_context(patches.without_replay_buffer(args.algo))
+
+    arguments = rl_zoo3_arguments(check, AGENT_TYPES, dict(folder="logs"), options)
+    with contextlib.ExitStack() as loading, arguments, patches.mujoco_warnings_once(), patches.runs_with_uuid():
+        program()
 
 
 def benchmark() -> None:
     """rl-zoo3's benchmark: evaluate all trained agents of a log folder."""
+    import rl_zoo3.utils
+
     from sb3_flow.zoo import patches
 
-    add_defaults("--log-dir", "logs", "--no-hub")
-    with patches.enjoy_in_benchmark(), patches.folders_in_benchmark():
+    def check(args: argparse.Namespace) -> None:
+        with user_input(f"argument --log-dir: {args.log_dir} has a run that is damaged"):
+            trained_models = rl_zoo3.utils.get_trained_models(args.log_dir)
+        if not trained_models and args.no_hub:
+            raise InputError(f"argument --log-dir: found no trained agents in {args.log_dir!r}, expected ALGO/ENV_1, ...")
+
+    arguments = rl_zoo3_arguments(check, AGENT_TYPES, dict(log_dir="logs", no_hub=True))
+    with arguments, patches.enjoy_in_benchmark(), patches.folders_in_benchmark():
         runpy.run_module("rl_zoo3.benchmark", run_name="__main__")
 
 
@@ -60,21 +107,23 @@ def evaluate() -> None:
     """Evaluate a trained agent and draw its learning curve."""
     from sb3_flow.plotting.learning_curve import plot_learning_curve
     from sb3_flow.zoo.evaluate import evaluate as evaluate_run
+    from sb3_flow.zoo.evaluate import find_model
 
-    parser = base_parser(prog="sb3-flow evaluate", description=evaluate.__doc__)
-    parser.add_argument("-f", "--folder", help="Log folder", default="logs")
-    parser.add_argument("--exp-id", help="Experiment ID (default: 0: latest)", default=0, type=int)
-    parser.add_argument("--load-best", action="store_true", help="Load the best model instead of the last one")
-    parser.add_argument("-n", "--n-eval-episodes", help="Number of episodes", default=10, type=int)
+    parser = trained_agent_parser(prog="sb3-flow evaluate", description=evaluate.__doc__)
+    parser.add_argument("-n", "--n-eval-episodes", help="Number of episodes", default=10, type=integer(1))
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--stochastic", action="store_true", help="Use stochastic actions (default of FQL)", default=None)
     noise.add_argument(
         "--deterministic", action="store_false", dest="stochastic", help="Use deterministic actions (default of the others)"
     )
-    parser.add_argument("--seed", help="Random generator seed", default=0, type=int)
-    parser.add_argument("--device", help="PyTorch device", default="auto")
     args = vars(parser.parse_args())
     check_env(args["env"], args.pop("gym_packages"))
+    run_folder = find_model(args["algo"], args["env"], args["folder"], args["exp_id"], args["load_best"]).parent
+    # What the learning curve is drawn of, before the result is written
+    with user_input(f"logs of {run_folder}"):
+        load_results(str(run_folder))
+        if (run_folder / "evaluations.npz").is_file():
+            np.load(run_folder / "evaluations.npz").close()
     result = evaluate_run(**args)
     kind = "deterministic" if result["deterministic"] else "stochastic"
     print(
@@ -83,5 +132,5 @@ def evaluate() -> None:
     )
     if result["success_rate"] is not None:
         print(f"Success rate: {100 * result['success_rate']:.0f} %")
-    figure = plot_learning_curve(Path(result["model"]).parent, title=f"{args['algo'].upper()} on {args['env']}")
+    figure = plot_learning_curve(run_folder, title=f"{args['algo'].upper()} on {args['env']}")
     print(f"Learning curve: {figure}")

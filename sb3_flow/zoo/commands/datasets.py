@@ -1,7 +1,7 @@
 """Offline datasets."""
 
-import argparse
-import sys
+from sb3_flow.zoo.arguments import Parser
+from sb3_flow.zoo.errors import user_input
 
 
 def datasets() -> None:
@@ -9,18 +9,16 @@ def datasets() -> None:
     from sb3_flow.common.datasets import load_dataset
     from sb3_flow.common.transitions import check_transitions
 
-    parser = argparse.ArgumentParser(prog="sb3-flow datasets", description=datasets.__doc__)
+    parser = Parser(prog="sb3-flow datasets", description=datasets.__doc__)
     parser.add_argument("action", choices=["info"])
     parser.add_argument(
         "spec", help="ogbench:NAME[@PATH], minari:NAMESPACE/NAME-vK, or an .hdf5, .npz or .pkl file", nargs="+"
     )
     parser.add_argument("--allow-pickle", action="store_true", help="Load a pickle, which can run any code")
     args = parser.parse_args()
-    try:
+    with user_input("argument spec"):
         transitions = load_dataset(args.spec, allow_pickle=args.allow_pickle)
         check_transitions(transitions)
-    except ValueError as error:
-        sys.exit(f"sb3-flow: error: {error}")
     returns = transitions.episode_returns
     lines = [
         ("transitions", f"{len(transitions):,}"),
