@@ -366,7 +366,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
         ("a_file", "Unknown dataset"),
         ("dict.pkl", "allow_pickle"),
         ("dict.pkl --allow-pickle", "observations"),
-        ("data.npz nothing.npz", "nothing.npz"),
+        ("nothing.npz data.npz", "no dataset file"),
         ("no_rewards.npz", "rewards"),
         ("ogbench:foo", "foo"),
     ]),
