@@ -258,7 +258,7 @@ def main() -> None:
             f"seed 1000: {tuned_by_hand(MUJOCO)}.",
             "",
             f"{n_former} runs of FPO are of the code up to commit baea80a, with half the ``ent_coef`` and 1.14 times the",
-            "``action_scale`` of today's ``hyperparams/fpo.yml``, which have the same effect there.",
+            "``action_scale`` of today's ``hyperparams/fpo.yml``: for a Gaussian policy, that was the same.",
             "",
             *sections,
             "To replicate (interrupted, it goes on where it stopped):",
