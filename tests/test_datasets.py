@@ -349,6 +349,9 @@ def make_flags(*rows):
         (dict(episode_starts=make_flags(0, 5, 10, 15)), [], True),
         (dict(episode_index=np.arange(20) // 5), [], True),
         ({"next.done": make_flags(4, 9, 14, 19), "next.success": make_flags(4)}, [4], False),
+        # Flags that are not among those of the next state count
+        ({"next.done": make_flags(4, 9, 14, 19), "truncated": make_flags(9, 14, 19)}, [4], False),
+        ({"next.done": make_flags(4, 9, 14, 19), "done": np.zeros(20), "terminated": make_flags(4)}, [4], False),
         (dict(episode_ends=np.array([5, 10, 15, 20]), terminated=make_flags(4)), [4], False),
         # Nothing at all
         ({}, [], True),

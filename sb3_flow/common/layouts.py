@@ -255,8 +255,7 @@ def _names(data: Mapping[Any, Any]) -> dict[str, Any]:
         inside[name] = value
     if isinstance(named.get("next"), Mapping):
         named |= {f"next.{name}": value for name, value in named.pop("next").items()}
-    if any(f"next.{name}" in named for name in _OF_THE_START):
-        named = {name: value for name, value in named.items() if name not in _OF_THE_START}
+    named = {name: value for name, value in named.items() if name not in _OF_THE_START or f"next.{name}" not in named}
     for name in ("infos", "info", "env_infos"):
         limits = _time_limits(named.get(name))
         if limits is not None:
