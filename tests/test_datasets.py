@@ -374,6 +374,19 @@ def test_what_terminates(flags, dones, warns):
     assert len(caught) == warns
 
 
+@pytest.mark.parametrize("names", [("terminated",), ("terminated", "terminals"), ("terminated", "terminateds"), ("masks", "terminated")])
+@pytest.mark.parametrize("others", [{}, dict(truncated=make_flags(9, 19)), dict(next_observations=make_arrays()["observations"])])
+def test_only_terminations_and_no_next_observations(names, others):
+    """A truncated episode would go on in the next one."""
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards")} | others
+    arrays |= {name: 1 - make_flags(4, 14) if name == "masks" else make_flags(4, 14) for name in names}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_dataset(arrays)
+    said = [str(warning.message) for warning in caught]
+    assert any("an episode that was truncated would be taken as one with the next" in text for text in said) == (not others)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

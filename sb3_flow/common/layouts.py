@@ -131,6 +131,8 @@ _OBSERVATIONS = ("observations", "next_observations")
 # Flags of the state that a step starts from, where there are those of the next one
 _OF_THE_START = ("done", "terminated", "truncated")
 _TIME_LIMIT = "TimeLimit.truncated"
+# Roles of what says where episodes ended, however they did
+_RECORDED = ("ends", "starts", "splits", "episodes", "last")
 
 _LOOKS_LIKE_FLAG = re.compile(
     r"done|termin|trunc|time_?out|time_?limit|absorb|mask|valid|episode|traj|step_?type|discount"
@@ -186,11 +188,11 @@ def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: b
         if "qpos" in named and "terminals" in named and "masks" not in named:
             named["episode_ends"] = named.pop("terminals")
         rewards = np.zeros(n, dtype=np.float32)
-    flags = _Flags(named, n, is_episode)
+    flags = _Flags(named, n, is_episode, next_observations is not None)
     arrays = dict(observations=observations, actions=actions, rewards=rewards, next_observations=next_observations)
     dones, ends = flags.interpret(arrays)
     if need_rewards:
-        flags.warn_of_what_is_missing(dones is not None, next_observations is not None)
+        flags.warn_of_what_is_missing(dones, ends)
     return Recognised(arrays | dict(dones=dones, episode_ends=ends), flags.ambiguous)
 
 
@@ -392,10 +394,12 @@ class _Flags:
     :param named: What is in the dataset
     :param n: Number of rows of the actions
     :param is_episode: Whether it is one episode, which ends in the last row
+    :param has_next: Whether there are next observations
     """
 
-    def __init__(self, named: Mapping[str, Any], n: int, is_episode: bool):
+    def __init__(self, named: Mapping[str, Any], n: int, is_episode: bool, has_next: bool):
         self.n = n
+        self._has_next = has_next
         #: Name of the flags of terminations that may include time-outs
         self.ambiguous: str | None = None
         self._is_episode = is_episode
@@ -423,38 +427,37 @@ class _Flags:
 
     def interpret(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
         """
-        :param arrays: Actions, rewards and next observations, if there are any
+        :param arrays: Actions and rewards
         :return: where episodes terminated, and where they ended. None where nothing says so.
         :raises ValueError: if two flags contradict each other
         """
-        flags, has_next = self._flags, arrays["next_observations"] is not None
-        recorded = ("ends", "starts", "splits", "episodes", "last")
+        flags = self._flags
         nowhere = np.zeros(self.n, dtype=bool)
         if "valids" in flags:
-            if has_next:
+            if self._has_next:
                 raise ValueError(f"{self._names['valids']!r} is for datasets without `next_observations`")
             dones = ~flags["masks"] if "masks" in flags else flags.get("terminated")
             return None if dones is None else dones & flags["valids"], ~flags["valids"]
         if "masks" in flags:
             if "terminated" in flags:
                 self._check("masks", self._names["terminated"], flags["terminated"] == flags["masks"])
-            ends = self._union(*recorded, "terminated", "terminals", "truncated", "dones")
+            ends = self._union(*_RECORDED, "terminated", "terminals", "truncated", "dones")
             return ~flags["masks"], nowhere if ends is None else ends
         if "terminated" in flags or "terminals" in flags:
-            return self._interpret_terminated(arrays, recorded)
+            return self._interpret_terminated(arrays)
         if "dones" in flags:
-            dones, ends = flags["dones"], self._union(*recorded, "truncated")
+            dones, ends = flags["dones"], self._union(*_RECORDED, "truncated")
             if ends is None or not ("ends" in flags or self._is_episode):
                 ends = dones if ends is None else ends | dones
             if not {"truncated", "success", "ends"} & set(flags):
                 self.ambiguous = self._names["dones"]
             return dones & ~flags.get("truncated", nowhere) & flags.get("success", ~nowhere), ends
-        ends = self._union(*recorded, "truncated")
+        ends = self._union(*_RECORDED, "truncated")
         if "discounts" in flags:
             return ~flags["discounts"], nowhere if ends is None else ends
         return None, ends
 
-    def _interpret_terminated(self, arrays: Mapping[str, Any], recorded: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _interpret_terminated(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         flags, role = self._flags, "terminated" if "terminated" in self._flags else "terminals"
         terminated = flags[role]
         if "terminals" in flags:
@@ -464,30 +467,31 @@ class _Flags:
             self._check(role, self._names["dones"], over != flags["dones"])
         if "ends" in flags:
             self._check(role, self._names["ends"], terminated & ~flags["ends"])
-        ends = self._union(*recorded, role, "truncated", "dones")
+        ends = self._union(*_RECORDED, role, "truncated", "dones")
         assert ends is not None
         if set(flags) <= {"terminals", "last"}:
             self.ambiguous = self._names["terminals"]
-        if self._names[role] == "is_terminal" and arrays["next_observations"] is None:
+        if self._names[role] == "is_terminal" and not self._has_next:
             last = ends
             if not np.any(np.asarray(arrays["actions"])[last]) and not np.any(np.asarray(arrays["rewards"])[last]):
                 # Of RLDS: only the observation counts, and it is the row before that leads to it
                 terminated = np.append(terminated[1:] & last[1:], False) & ~last
         return terminated, ends
 
-    def warn_of_what_is_missing(self, has_dones: bool, has_next: bool) -> None:
+    def warn_of_what_is_missing(self, dones: np.ndarray | None, ends: np.ndarray | None) -> None:
         """
-        :param has_dones: Whether it is known where episodes terminated
-        :param has_next: Whether there are next observations
+        :param dones: Where episodes terminated
+        :param ends: Where they ended
         """
-        if not has_dones:
+        if dones is None or ends is None:
             warnings.warn("No flags say where episodes terminated: all of them are taken as truncated", DatasetWarning)
-        elif not has_next and set(self._flags) == {"terminated"}:
-            warnings.warn(
-                f"Beside {self._names['terminated']!r} there are neither next observations nor flags of truncated episodes: "
-                "an episode that was truncated would be taken as one with the next",
-                DatasetWarning,
-            )
+        elif not (self._has_next or self.ambiguous or {*_RECORDED, "truncated", "valids"} & set(self._flags)):
+            if not (ends & ~dones).any():
+                warnings.warn(
+                    f"Beside {', '.join(map(repr, self._names.values()))} there are neither next observations nor flags of "
+                    "truncated episodes: an episode that was truncated would be taken as one with the next",
+                    DatasetWarning,
+                )
 
     def _check(self, role: str, name: str, wrong: np.ndarray) -> None:
         if wrong.any():
