@@ -334,6 +334,19 @@ def make_flags(*rows):
         # Or they may do so, but say nothing of it
         (dict(dones=make_flags(4, 9, 14, 19)), [4, 9, 14, 19], True),
         (dict(terminals=make_flags(4, 9, 14, 19)), [4, 9, 14, 19], True),
+        # What only tells ends does not help
+        *[
+            ({name: make_flags(4, 9, 14, 19)} | others, [4, 9, 14, 19], True)
+            for name in ("dones", "terminals")
+            for others in (
+                dict(episode_ends=make_flags(4, 9, 14, 19)),
+                dict(is_last=make_flags(4, 9, 14, 19)),
+                dict(episode_ends=np.array([5, 10, 15, 20])),
+                dict(episode_index=np.arange(20) // 5),
+            )
+        ],
+        (dict(dones=make_flags(4, 9, 14, 19), discount=1 - make_flags(4)), [4], False),
+        (dict(terminals=make_flags(4, 9, 14, 19), discount=1 - make_flags(4)), [4], False),
         # There are other ends than these, so that they are no time-outs
         (dict(dones=make_flags(4, 14)), [4, 14], False),
         (dict(terminated=make_flags(4, 14)), [4, 14], False),
@@ -374,8 +387,12 @@ def test_what_terminates(flags, dones, warns):
     assert len(caught) == warns
 
 
-@pytest.mark.parametrize("names", [("terminated",), ("terminated", "terminals"), ("terminated", "terminateds"), ("masks", "terminated")])
-@pytest.mark.parametrize("others", [{}, dict(truncated=make_flags(9, 19)), dict(next_observations=make_arrays()["observations"])])
+@pytest.mark.parametrize(
+    "names", [("terminated",), ("terminated", "terminals"), ("terminated", "terminateds"), ("masks", "terminated")]
+)
+@pytest.mark.parametrize(
+    "others", [{}, dict(truncated=make_flags(9, 19)), dict(next_observations=make_arrays()["observations"])]
+)
 def test_only_terminations_and_no_next_observations(names, others):
     """A truncated episode would go on in the next one."""
     arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards")} | others
@@ -443,7 +460,7 @@ def test_warnings_name_the_file_once(tmp_path):
         transitions = load_dataset(tmp_path / "data.hdf5")
     said = sorted(str(warning.message) for warning in caught)
     assert len(said) == 2 and all(text.startswith(f"{tmp_path / 'data.hdf5'}: ") for text in said)
-    assert "'dones' is all that says where episodes end" in said[0] and "not read: 'skill'" in said[1]
+    assert "'dones' is set wherever an episode ended" in said[0] and "not read: 'skill'" in said[1]
     assert transitions.rewards.tolist() == [1] * 5 + [2] * 5 + [10] * 5
     with h5py.File(tmp_path / "data.hdf5", "a") as file:
         del file["data/demo_2/actions"]

@@ -315,28 +315,29 @@ def _natural_order(name: str) -> list[Any]:
 def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool, need_rewards: bool) -> Transitions:
     has = {None: "next observations", True: "a final observation", False: "neither next observations nor a final one"}
     transitions: list[Transitions] = []
-    ambiguous, kinds = [], []
+    kinds: list[bool | None] = []
+    ambiguous: dict[str, list[np.ndarray]] = {}
     for name, part in parts.items():
         with _naming(name):
             recognised = recognise(part, are_episodes, need_rewards)
-            ambiguous.append(recognised.ambiguous)
             kinds.append(recognised.has_final_observations)
             if kinds[-1] != kinds[0] and (are_episodes or None not in kinds):
                 raise ValueError(f"it has {has[kinds[-1]]}, and {next(iter(parts))} has {has[kinds[0]]}")
             transitions.append(Transitions.from_arrays(**recognised.arrays))
-    result = transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
-    if need_rewards and ambiguous[0] and all(ambiguous):
-        _warn_if_each_end_is_done(result, ambiguous[0])
-    return result
+            if need_rewards and recognised.ambiguous:
+                ambiguous.setdefault(recognised.ambiguous, []).append(transitions[-1].dones[transitions[-1].episode_ends])
+    for name, dones in ambiguous.items():
+        _warn_if_each_end_is_done(name, np.concatenate(dones))
+    return transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
 
 
-def _warn_if_each_end_is_done(transitions: Transitions, name: str) -> None:
-    dones = transitions.dones[transitions.episode_ends]
+def _warn_if_each_end_is_done(name: str, dones: np.ndarray) -> None:
+    """Flags of terminations, those where episodes ended."""
     # The last episode may not be over
     if (dones[:-1] if len(dones) > 1 else dones).all():
         warnings.warn(
-            f"{name!r} is all that says where episodes end, and each of them is taken as terminated. If some were truncated, "
-            "say so with 'truncated' or 'timeouts'",
+            f"{name!r} is set wherever an episode ended, and each of them is taken as terminated. If some were truncated, say "
+            "so with 'truncated' or 'timeouts'",
             DatasetWarning,
         )
 
@@ -386,7 +387,7 @@ def from_replay_buffer(buffer: ReplayBuffer) -> Transitions:
         episode_ends=ends,
     )
     if not buffer.handle_timeout_termination:
-        _warn_if_each_end_is_done(transitions, "dones")
+        _warn_if_each_end_is_done("dones", transitions.dones[transitions.episode_ends])
     return transitions
 
 

@@ -95,7 +95,7 @@ NAMES = (
     Names(
         "discounts",
         ("discount", "discounts"),
-        "Like masks, if they are 0 and 1 and nothing else says where episodes terminate.",
+        "Like masks, if they are 0 and 1, neither of them everywhere, and there are no flags of terminated.",
         "RLDS, dm_env",
     ),
     Names(
@@ -438,24 +438,22 @@ class _Flags:
                 raise ValueError(f"{self._names['valids']!r} is for datasets without `next_observations`")
             dones = ~flags["masks"] if "masks" in flags else flags.get("terminated")
             return None if dones is None else dones & flags["valids"], ~flags["valids"]
-        if "masks" in flags:
+        masks = flags.get("masks", None if "terminated" in flags else flags.get("discounts"))
+        if masks is not None:
             if "terminated" in flags:
-                self._check("masks", self._names["terminated"], flags["terminated"] == flags["masks"])
+                self._check("masks", self._names["terminated"], flags["terminated"] == masks)
             ends = self._union(*_RECORDED, "terminated", "terminals", "truncated", "dones")
-            return ~flags["masks"], nowhere if ends is None else ends
+            return ~masks, nowhere if ends is None else ends
         if "terminated" in flags or "terminals" in flags:
             return self._interpret_terminated(arrays)
         if "dones" in flags:
             dones, ends = flags["dones"], self._union(*_RECORDED, "truncated")
             if ends is None or not ("ends" in flags or self._is_episode):
                 ends = dones if ends is None else ends | dones
-            if not {"truncated", "success", "ends"} & set(flags):
+            if not {"truncated", "success"} & set(flags):
                 self.ambiguous = self._names["dones"]
             return dones & ~flags.get("truncated", nowhere) & flags.get("success", ~nowhere), ends
-        ends = self._union(*_RECORDED, "truncated")
-        if "discounts" in flags:
-            return ~flags["discounts"], nowhere if ends is None else ends
-        return None, ends
+        return None, self._union(*_RECORDED, "truncated")
 
     def _interpret_terminated(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         flags, role = self._flags, "terminated" if "terminated" in self._flags else "terminals"
@@ -469,7 +467,7 @@ class _Flags:
             self._check(role, self._names["ends"], terminated & ~flags["ends"])
         ends = self._union(*_RECORDED, role, "truncated", "dones")
         assert ends is not None
-        if set(flags) <= {"terminals", "last"}:
+        if not {"terminated", "truncated"} & set(flags):
             self.ambiguous = self._names["terminals"]
         if self._names[role] == "is_terminal" and not self._has_next:
             last = ends
@@ -522,7 +520,7 @@ class _Flags:
     def _read_discounts(self, name: str, value: Any) -> np.ndarray | None:
         # Those that are 1 everywhere may be no more than a habit
         discounts = read_column(name, value)
-        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() and not discounts.all() else None
+        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() and 0 < discounts.mean() < 1 else None
 
     def _read_ends(self, name: str, value: Any) -> np.ndarray:
         counts = np.asarray(as_source(name, value))
