@@ -317,6 +317,40 @@ def test_shuffled_rows():
     assert transitions.episode_ends.mean() > 0.9
 
 
+@pytest.mark.parametrize("kind", [int, str, bytes, "table"])
+def test_rows_of_episodes_are_together(kind):
+    """Following rows are no next observations if those of several environments alternate, or are not in order."""
+    numbers = np.arange(20) // 5
+    if kind == "table":
+        pandas = pytest.importorskip("pandas", reason='needs pip install "sb3-flow[zoo]"')
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards")}
+    arrays |= dict(episode_id=numbers if kind is int else numbers.astype("S" if kind is bytes else "U"))
+    arrays |= dict(frame_index=np.arange(20) % 5, truncated=make_arrays()["episode_ends"])
+
+    def load(rows, **others):
+        data = {name: array[rows] for name, array in (arrays | others).items()}
+        if kind == "table":
+            data = pandas.DataFrame({name: list(array) if array.ndim > 1 else array for name, array in data.items()})
+        return load_dataset(data)
+
+    rows = np.arange(20)
+    assert load(rows).rewards.tolist() == [row for row in rows if row % 5 != 4]
+    alternating = rows.reshape(2, 10).T.reshape(-1)
+    for order in (alternating, np.random.default_rng(0).permutation(20)):
+        with pytest.raises(ValueError, match=r"'episode_id': the rows of episode .* are not together: sort them by episode"):
+            load(order)
+        with pytest.warns(DatasetWarning, match="are not together: returns of several steps"):
+            load(order, next_observations=make_arrays()["next_observations"])
+    with pytest.raises(ValueError, match=r"'frame_index' goes down in row 1, where no episode starts \(4, 3\): sort the rows"):
+        load(rows.reshape(4, 5)[:, ::-1].reshape(-1), truncated=make_flags(0, 5, 10, 15))
+    load(rows.reshape(4, 5)[:, ::-1].reshape(-1), next_observations=make_arrays()["next_observations"])
+    # The numbers start again in the second part
+    again = np.concatenate([np.arange(10), np.arange(10)])
+    with pytest.raises(ValueError, match="the parts in a list"):
+        load(again)
+    assert len(load_dataset([{name: array[:10] for name, array in arrays.items()}] * 2)) == 16
+
+
 # --- Names
 
 

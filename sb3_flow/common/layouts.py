@@ -109,15 +109,21 @@ NAMES = (
     Names(
         "episodes",
         ("episode_index", "episode_indices", "episode_id", "episode_ids", "eps_id", "traj_id", "traj_ids", "trajectory_id"),
-        "The number of the episode. It ended where the next row has another one.",
-        "LeRobot, RLlib",
+        "The number or the name of the episode. It ended where the next row has another one.",
+        "LeRobot, RLlib, TorchRL",
+    ),
+    Names(
+        "order",
+        ("frame_index", "timestamp", "timestamps"),
+        "Numbers that do not go down within an episode. Not read if there are next observations.",
+        "LeRobot",
     ),
     Names("valids", ("valids",), "A 0 is a row with nothing but the final observation of an episode.", "OGBench, compact"),
     Names(
         "not needed",
         (
             "infos", "info", "env_infos", "agent_infos", "metadata", "meta", "complementary_info", "env_states", "policy",
-            "qpos", "qvel", "button_states", "success", "is_success", "index", "frame_index", "timestamp", "timestamps",
+            "qpos", "qvel", "button_states", "success", "is_success", "index",
             "task_index", "task", "language_instruction", "episode_returns", "episode_lengths", "step_count", "is_init",
             "columns", "num_episodes", "total_size", "version",
         ),
@@ -191,6 +197,8 @@ def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: b
     flags = _Flags(named, n, is_episode, next_observations is not None)
     arrays = dict(observations=observations, actions=actions, rewards=rewards, next_observations=next_observations)
     dones, ends = flags.interpret(arrays)
+    if next_observations is None and ends is not None:
+        _check_order(named, ends)
     if need_rewards:
         flags.warn_of_what_is_missing(dones, ends)
     return Recognised(arrays | dict(dones=dones, episode_ends=ends), flags.ambiguous)
@@ -375,6 +383,21 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
     warn_of_unknown(unknown)
 
 
+def _check_order(named: Mapping[str, Any], ends: np.ndarray) -> None:
+    """Following rows are next observations only if they are in the order of time."""
+    for name in [name for name, value in named.items() if has_role(name, "order") and _n_rows(value) == len(ends)]:
+        values = np.asarray(named[name])
+        if values.size == len(ends) and values.dtype.kind in "iufM":
+            values = values.reshape(-1)
+            wrong = (values[1:] < values[:-1]) & ~ends[:-1]
+            if wrong.any():
+                row = int(np.argmax(wrong)) + 1
+                raise ValueError(
+                    f"{name!r} goes down in row {row}, where no episode starts ({values[row - 1]}, {values[row]}): sort the "
+                    "rows by episode and time, and mark where episodes end"
+                )
+
+
 def warn_of_unknown(names: Iterable[str]) -> None:
     """
     :param names: of what is not read. Those that are in the table as not needed are not worth a warning.
@@ -538,9 +561,25 @@ class _Flags:
         return self._at(counts[1:] - 1)
 
     def _read_episodes(self, name: str, value: Any) -> np.ndarray:
-        numbers = read_column(name, value)
+        values = value.to_numpy() if hasattr(value, "to_numpy") else value
+        if isinstance(values, (list, np.ndarray)) and len(values) and isinstance(values[0], (str, bytes)):
+            values = np.asarray(values, dtype=str)
+        numbers = read_column(name, values)
         check_lengths({"actions": self.n, name: len(numbers)})
-        return np.append(numbers[1:] != numbers[:-1], True)
+        last = np.append(numbers[1:] != numbers[:-1], True)
+        found, counts = np.unique(numbers[last], return_counts=True)
+        if (counts > 1).any():
+            message = f"the rows of episode {found[counts > 1][0]} are not together"
+            if not self._has_next:
+                raise ValueError(
+                    f"{name!r}: {message}: sort them by episode and time, or, if the numbers start again in another part of "
+                    "the dataset, give the parts in a list"
+                )
+            warnings.warn(
+                f"{name!r}: {message}: returns of several steps and stacked observations stop where another episode follows",
+                DatasetWarning,
+            )
+        return last
 
     def _at(self, rows: np.ndarray) -> np.ndarray:
         flags = np.zeros(self.n, dtype=bool)
