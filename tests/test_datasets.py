@@ -702,6 +702,21 @@ def test_unknown_groups_are_named(tmp_path):
         load_dataset(tmp_path / "data.h5")
 
 
+@pytest.mark.parametrize(
+    "names", [("demo_0", "demo_1", "demo_2_aug"), ("train_0", "test_0"), ("demo_0", "extra"), ("0", "a1")]
+)
+@pytest.mark.parametrize("prefix", ["data", None])
+def test_groups_of_one_kind(names, prefix):
+    episodes = {name: make_arrays(5) for name in names}
+    with pytest.raises(ValueError, match=r"groups with actions of more than one kind, .* \(such as "):
+        load_dataset({prefix: episodes} if prefix else episodes)
+
+
+def test_episodes_by_number():
+    arrays = {number: make_arrays(5) | dict(rewards=np.full(5, number)) for number in (10, 2, 1)}
+    assert load_dataset(arrays).rewards.tolist() == [1] * 5 + [2] * 5 + [10] * 5
+
+
 @pytest.mark.parametrize("need_rewards", [True, False])
 def test_without_rewards(need_rewards):
     arrays = make_arrays()

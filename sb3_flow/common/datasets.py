@@ -285,9 +285,16 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
     for prefix, groups in (("data/", inner), ("", data)):
         if isinstance(groups, Mapping):
             # One without actions is not overlooked
-            kinds = {_NUMBER.sub("#", str(name)) for name, group in groups.items() if _has_actions(group)}
+            with_actions = [name for name, group in groups.items() if _has_actions(group)]
+            kinds = {_NUMBER.sub("#", str(name)) for name in with_actions}
             names = [name for name in groups if (kind := _NUMBER.sub("#", str(name))) in kinds and kind.endswith("#")]
             if names:
+                if len(kinds) > 1:
+                    others = [name for name in with_actions if _NUMBER.sub("#", str(name)) != min(kinds)]
+                    raise ValueError(
+                        f"there are groups with actions of more than one kind, {', '.join(map(repr, sorted(kinds)))} (such as "
+                        f"{others[0]!r}): give those of one kind, as a list of dictionaries or in a file of their own"
+                    )
                 # (robomimic's mask is a list of names for each split)
                 warn_of_unknown(name for name in {*data, *groups} - {*names, "data", "mask"})
                 return {f"{prefix}{name}": groups[name] for name in sorted(names, key=_natural_order)}, True
@@ -307,9 +314,9 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
 _NUMBER = re.compile(r"\d+$")
 
 
-def _natural_order(name: str) -> list[Any]:
+def _natural_order(name: Any) -> list[Any]:
     """demo_2 is before demo_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
 
 
 def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool, need_rewards: bool) -> Transitions:
