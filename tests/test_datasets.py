@@ -757,8 +757,21 @@ def test_reward_shift(tmp_path):
     np.savez(tmp_path / "data.npz", **arrays)
     assert np.allclose(load_dataset(tmp_path / "data.npz", reward_shift=-1.0).rewards, arrays["rewards"] - 1)
     assert load_dataset(arrays, reward_shift=2.0).rewards[3] == 5 and arrays["rewards"][3] == 3
-    with pytest.raises(ValueError, match="'success_timing' is for datasets of OGBench"):
-        load_dataset(arrays, success_timing="post")
+
+
+@pytest.mark.parametrize("dataset", [make_arrays(), [make_arrays()], "data.npz", "ogbench:cube-single-play-v0@data.npz",
+                                     "ogbench:cube-single-play-singletask-v0@data.npz", "minari:a/b-v0"])  # fmt: skip
+def test_unknown_arguments(dataset):
+    close = dict(
+        clip_action="clip_actions", reward_sift="reward_shift", need_reward="need_rewards", alow_pickle="allow_pickle"
+    )
+    for name, meant in close.items():
+        with pytest.raises(ValueError, match=rf"unknown argument '{name}' \(did you mean '{meant}'\?\)"):
+            load_dataset(dataset, **{name: True})
+    if "singletask" not in dataset:
+        pytest.importorskip("ogbench", reason='needs pip install "sb3-flow[offline]"')
+        with pytest.raises(ValueError, match="unknown argument 'success_timing': only single tasks of OGBench have others"):
+            load_dataset(dataset, need_rewards=False, success_timing="post")
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -13,6 +13,7 @@ is made and freed before.
 """
 
 import dataclasses
+import difflib
 import gc
 import re
 import warnings
@@ -94,6 +95,7 @@ def load_ogbench(name: str, path: str | Path | None = None, need_rewards: bool =
         raise ValueError(f"{name} has no rewards: name a single task of it, e.g. {name.replace('-v0', '-singletask-v0')}")
     else:
         file_name = name
+        _refuse(env_kwargs)
     if path is None:
         ogbench.download_datasets([file_name])
         path = "~/.ogbench/data"
@@ -425,13 +427,14 @@ def load_dataset(
     :param reward_scale: Factor of all rewards
     :param reward_shift: Added to all rewards after that (-1 for the antmaze datasets of D4RL, as is usual)
     :param need_rewards: Whether there must be rewards. If not, they are zeros where there are none.
-    :param kwargs: For the loader of OGBench
+    :param kwargs: For the environment of a single task of OGBench, see :func:`load_ogbench`
     :return: transitions
     :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it is not a dataset, naming what is missing or wrong
+    :raises ValueError: if it is not a dataset, naming what is missing or wrong, or an argument is not known
     """
     check_reward_arguments(reward_scale, reward_shift)
-    if {"clip_actions", "device", "validation"} & kwargs.keys():
+    _refuse_misspelt(kwargs)
+    if {*_OF_SET_DATASET} & kwargs.keys():
         raise ValueError("`clip_actions`, `device` and `validation` are for `set_dataset()` of an algorithm, which has bounds")
     transitions = _load(dataset, allow_pickle, need_rewards, kwargs)
     if len(transitions) == 0:
@@ -440,6 +443,24 @@ def load_dataset(
         return transitions
     # Not in place: the arrays may be the caller's
     return replace(transitions, rewards=np.float32(reward_scale) * transitions.rewards + np.float32(reward_shift))
+
+
+_OF_SET_DATASET = ("clip_actions", "device", "validation")
+_OF_LOAD_DATASET = ("allow_pickle", "reward_scale", "reward_shift", "need_rewards")
+
+
+def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
+    """What is not known is for the environment of OGBench's tasks, which may take anything."""
+    for name in kwargs.keys() - {*_OF_SET_DATASET}:
+        for close in difflib.get_close_matches(name, _OF_SET_DATASET + _OF_LOAD_DATASET, 1, cutoff=0.7):
+            raise ValueError(f"unknown argument {name!r} (did you mean {close!r}?)")
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise ValueError(
+            f"unknown argument {', '.join(map(repr, kwargs))}: only single tasks of OGBench have others, of their environment"
+        )
 
 
 def check_reward_arguments(reward_scale: Any = 1.0, reward_shift: Any = 0.0) -> None:
@@ -504,11 +525,6 @@ def _load_list(datasets: Sequence[Any], allow_pickle: bool, need_rewards: bool, 
         with _naming("" if isinstance(dataset, (str, Path)) else f"number {number}"):
             parts.append(_load(dataset, allow_pickle, need_rewards, kwargs))
     return parts[0] if len(parts) == 1 else _join_and_free(parts)
-
-
-def _refuse(kwargs: dict[str, Any]) -> None:
-    if kwargs:
-        raise ValueError(f"{', '.join(map(repr, kwargs))} is for datasets of OGBench, not for this one")
 
 
 def _load_object(dataset: Any, need_rewards: bool) -> Transitions:
