@@ -203,6 +203,36 @@ def test_dict_observations():
         check_transitions(transitions, spaces.Dict({**space.spaces, "vector": ACTION_SPACE}))
 
 
+def test_nested_observations():
+    """Their keys can be those of networks."""
+    arrays = make_arrays()
+    vector, image = arrays.pop("observations"), np.zeros((20, 36, 36, 3), dtype=np.uint8)
+    del arrays["next_observations"]
+    for nested in (
+        {"observations": {"agent": {"qpos": vector, "more": {"x": vector}}, "images": {"top": image}}},
+        {"observations": [{"agent": {"qpos": v, "more": {"x": v}}, "images": {"top": image[0]}} for v in vector]},
+        {"observations/agent/qpos": vector, "observations/agent/more/x": vector, "observations/images/top": image},
+        {"observation.agent.qpos": vector, "observation.agent.more.x": vector, "observation.images.top": image},
+    ):
+        transitions = load_dataset(arrays | nested)
+        assert set(transitions.observations) == {"agent_qpos", "agent_more_x", "images_top"}
+
+    class Env(gym.Env):
+        observation_space = spaces.Dict(
+            {"agent_qpos": OBSERVATION_SPACE, "agent_more_x": OBSERVATION_SPACE,
+             "images_top": spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8)}
+        )  # fmt: skip
+        action_space = ACTION_SPACE
+
+    FQL("MultiInputPolicy", Env(), dataset=transitions, buffer_size=1, policy_kwargs=dict(net_arch=[8])).learn_offline(1)
+
+    for some in ({"a": {"b": vector}, "a_b": vector}, {"a_b": vector, "a": {"b": vector}}, {1: vector, "1": vector}):
+        with pytest.raises(ValueError, match=r"observations has two arrays that would be called '(a_b|1)'"):
+            load_dataset(arrays | {"observations": some})
+    with pytest.raises(ValueError, match="observation has two arrays that would be called 'a_b'"):
+        load_dataset(arrays | {"observation.a.b": vector, "observation.a_b": vector})
+
+
 @pytest.mark.parametrize(
     ("name", "row", "value", "message"),
     [

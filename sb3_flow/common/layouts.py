@@ -136,6 +136,8 @@ _ROWS = {name.lower(): row for row in NAMES for name in row.names}
 _OBSERVATIONS = ("observations", "next_observations")
 # Flags of the state that a step starts from, where there are those of the next one
 _OF_THE_START = ("done", "terminated", "truncated")
+# Between the keys of nested observations. PyTorch's modules, which are called like them, cannot have a dot
+_SEPARATOR = "_"
 _TIME_LIMIT = "TimeLimit.truncated"
 # Roles of what says where episodes ended, however they did
 _RECORDED = ("ends", "starts", "splits", "episodes", "last")
@@ -307,7 +309,7 @@ def _find(role: str, named: Mapping[str, Any]) -> Any:
                 parts = found.setdefault(group, _Parts())
                 if not isinstance(parts, _Parts):
                     raise ValueError(f"{group!r} and {name!r} are both {role}: leave one of them out")
-                parts[key] = value
+                _put(group, parts, key.replace(".", _SEPARATOR), value)
         if len(found) > 1:
             raise ValueError(f"{' and '.join(map(repr, found))} are both {role}: leave one of them out")
         for value in found.values():
@@ -317,7 +319,7 @@ def _find(role: str, named: Mapping[str, Any]) -> Any:
 
 
 def _as_observations(name: str, value: Any) -> Any:
-    """An array, or a dictionary of the arrays of all levels of nested ones."""
+    """An array, or a dictionary of the arrays of all levels of nested ones, whose keys are joined."""
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
         if len(value) and isinstance(value[0], Mapping):
             value = stack(name, list(value))
@@ -328,8 +330,18 @@ def _as_observations(name: str, value: Any) -> Any:
     result: dict[str, Any] = {}
     for key, part in value.items():
         inner = _as_observations(f"{name}[{key!r}]", part)
-        result |= {f"{key}.{rest}": array for rest, array in inner.items()} if isinstance(inner, dict) else {str(key): inner}
+        if isinstance(inner, dict):
+            for rest, array in inner.items():
+                _put(name, result, f"{key}{_SEPARATOR}{rest}", array)
+        else:
+            _put(name, result, str(key), inner)
     return result
+
+
+def _put(name: str, result: dict[str, Any], key: str, value: Any) -> None:
+    if key in result:
+        raise ValueError(f"{name} has two arrays that would be called {key!r}: rename one of them")
+    result[key] = value
 
 
 def stack(name: str, rows: Sequence[Any]) -> Any:
