@@ -570,6 +570,44 @@ def test_masks_of_ogbench_in_memory():
     assert last.tolist() == [7] and np.allclose(rewards, 6 + 0.9 * 7)
 
 
+@pytest.mark.parametrize("lengths", [[5, 5, 5, 5], np.array([5.0, 5, 5, 5]), np.array([[5], [5], [5], [5]], dtype=np.uint64)])
+def test_lengths_of_episodes(lengths):
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards", "dones")}
+    transitions = load_dataset(arrays | dict(episode_lengths=lengths))
+    assert_same(transitions, {name: array[~make_flags(9, 19)] for name, array in make_arrays().items()} | dict(
+        episode_ends=make_flags(4, 8, 13, 17)[:18],
+        next_observations=transitions.next_observations,
+    ))  # fmt: skip
+    # Others are those of statistics
+    for others in ([5, 5, 5], np.full(20, 5), np.zeros(20), [25, -5], {"mean": 5.0}, 5):
+        transitions = load_dataset(arrays | dict(episode_length=others, next_observations=arrays["observations"] + 0.1))
+        assert np.array_equal(transitions.dones, arrays["dones"])
+
+
+@pytest.mark.parametrize("with_next", [True, False])
+def test_torchrl(with_next):
+    """What its transforms add, at both ends of a step."""
+    arrays, column = make_arrays(), th.zeros(20, 1)
+    extras = dict(step_count=column, is_init=column.bool(), episode_reward=column)
+    data = dict(observation=th.tensor(arrays["observations"]), action=th.tensor(arrays["actions"]), **extras)
+    flags = dict(done=arrays["episode_ends"], terminated=arrays["dones"], truncated=arrays["episode_ends"] & ~arrays["dones"])
+    following = dict(
+        observation=th.tensor(arrays["next_observations"]), reward=th.tensor(arrays["rewards"])[:, None], **extras
+    )
+    following |= {name: th.tensor(flag)[:, None] for name, flag in flags.items()}
+    if not with_next:
+        del following["observation"], following["done"], following["truncated"]
+    data |= dict(collector={"traj_ids": th.arange(20) // 5}, next=following)
+    data |= {name: column.bool() for name in flags if name in following}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transitions = load_dataset(data)
+    if with_next:
+        assert_same(transitions, arrays)
+    else:
+        assert np.flatnonzero(transitions.episode_ends).tolist() == [4, 8, 13, 17]
+
+
 def make_inputs():
     arrays = make_arrays()
     arrays["observations"], arrays["next_observations"] = (

@@ -105,6 +105,12 @@ NAMES = (
         "sb3-flow, d3rlpy 1, RLDS, IQL; Diffusion Policy",
     ),
     Names("starts", ("episode_starts", "is_first"), "It is the first row of an episode.", "Stable-Baselines, RLDS"),
+    Names(
+        "lengths",
+        ("episode_lengths", "episode_length"),
+        "The number of rows of each episode, if they are n in all. Else they are not needed.",
+        "gymnasium; own files",
+    ),
     Names("splits", ("indices",), "The number of rows before each episode, but for the first one.", "imitation"),
     Names(
         "episodes",
@@ -123,11 +129,11 @@ NAMES = (
         "not needed",
         (
             "infos", "info", "env_infos", "agent_infos", "metadata", "meta", "complementary_info", "env_states", "policy",
-            "qpos", "qvel", "button_states", "success", "is_success", "index",
-            "task_index", "task", "language_instruction", "episode_returns", "episode_lengths", "step_count", "is_init",
-            "columns", "num_episodes", "total_size", "version",
+            "qpos", "qvel", "button_states", "success", "is_success", "index", "task_index", "task", "language_instruction",
+            "episode_returns", "episode_return", "episode_reward", "episode_step", "step_count", "is_init", "agent_index",
+            "unroll_id", "collector", "columns", "num_episodes", "total_size", "version",
         ),
-        "Not read, and neither is what is inside of such a group, but for TimeLimit.truncated.",
+        "Not read, and neither is what is inside of such a group, but for TimeLimit.truncated and collector's traj_ids.",
         "all",
     ),
 )  # fmt: skip
@@ -140,7 +146,7 @@ _OF_THE_START = ("done", "terminated", "truncated")
 _SEPARATOR = "_"
 _TIME_LIMIT = "TimeLimit.truncated"
 # Roles of what says where episodes ended, however they did
-_RECORDED = ("ends", "starts", "splits", "episodes", "last")
+_RECORDED = ("ends", "starts", "lengths", "splits", "episodes", "last")
 
 _LOOKS_LIKE_FLAG = re.compile(
     r"done|termin|trunc|time_?out|time_?limit|absorb|mask|valid|episode|traj|step_?type|discount"
@@ -272,6 +278,9 @@ def _names(data: Mapping[Any, Any]) -> dict[str, Any]:
         limits = _time_limits(named.get(name))
         if limits is not None:
             named[_TIME_LIMIT] = limits
+    collector = named.get("collector")
+    if isinstance(collector, Mapping) and "traj_ids" in collector:
+        named["traj_ids"] = collector["traj_ids"]
     return named
 
 
@@ -446,6 +455,7 @@ class _Flags:
             **dict.fromkeys(("terminated", "terminals", "truncated", "dones", "success", "masks", "valids"), self._read),
             "discounts": self._read_discounts,
             "ends": self._read_ends,
+            "lengths": self._read_lengths,
             "starts": self._read_starts,
             "episodes": self._read_episodes,
         }
@@ -565,6 +575,14 @@ class _Flags:
 
     def _read_starts(self, name: str, value: Any) -> np.ndarray:
         return np.append(self._read(name, value)[1:], True)
+
+    def _read_lengths(self, name: str, value: Any) -> np.ndarray | None:
+        # Of another shape if they are those of gymnasium's statistics
+        if isinstance(value, Mapping) or not _n_rows(value):
+            return None
+        lengths = np.asarray(as_source(name, value))
+        are_integers = lengths.dtype.kind in "iuf" and not (lengths % 1).any() and (lengths > 0).all()
+        return self._at(lengths.reshape(-1).cumsum() - 1) if are_integers and lengths.sum() == self.n else None
 
     def _read_splits(self, name: str, value: Any) -> np.ndarray:
         counts = np.append(0, np.append(read_column(name, value), self.n))
