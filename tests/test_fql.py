@@ -645,6 +645,32 @@ def test_actions_are_clipped():
         load_dataset(data, clip_actions=True)
 
 
+@pytest.mark.filterwarnings("ignore:The bounds of the action space are so wide")
+def test_actions_of_wide_bounds(tmp_path):
+    """Neither the difference of the bounds, nor that of an action and a bound, overflows."""
+    largest = np.finfo(np.float32).max
+
+    class Wide(gym.Env):
+        observation_space = spaces.Box(-10, 10, (3,))
+        action_space = spaces.Box(np.float32([-largest, 0, 0.9 * largest, -1]), np.float32([largest, largest, largest, 3]))
+
+    scaled = np.random.default_rng(0).uniform(-0.99, 0.99, (400, 4)).astype(np.float32)
+    low, high = Wide.action_space.low, Wide.action_space.high
+    actions = (0.5 * (1 - scaled) * low + 0.5 * (1 + scaled) * high).astype(np.float32)
+    data = make_dataset() | dict(actions=actions)
+    np.savez(tmp_path / "data.npz", **data)
+    for dataset in (data, tmp_path / "data.npz"):
+        before = actions.copy()
+        with np.errstate(over="raise", invalid="raise"):
+            model = FQL("MlpPolicy", Wide(), dataset=dataset, buffer_size=1, device="cpu", policy_kwargs=dict(net_arch=[8]))
+            model.learn_offline(1)
+        assert np.array_equal(actions, before)
+        assert model.offline_buffer.actions.dtype == th.float32
+        assert np.allclose(model.offline_buffer.actions.numpy(), scaled, atol=1e-4)
+    with pytest.raises(ValueError, match="actions, row 0: outside of the action space"):
+        model.set_dataset(data | dict(actions=actions * np.float32([1, 1, 0.5, 1])))
+
+
 class BatchNormExtractor(FlattenExtractor):
     def __init__(self, observation_space):
         super().__init__(observation_space)

@@ -16,6 +16,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_obs_shape
 
+from sb3_flow.common.bounds import middle_and_half_range
+
 Observations = np.ndarray | dict[str, np.ndarray]
 # Memory of a block of rows, in bytes
 BLOCK_SIZE = 2**20
@@ -474,8 +476,9 @@ def check_transitions(
             raise ValueError(f"actions of shape {actions.shape[1:]} do not fit the action space of the env, {action_space}")
         if clip_actions:
             return
-        margin = 1e-4 * np.maximum(1.0, np.abs(action_space.high - action_space.low))
-        low, high = action_space.low - margin, action_space.high + margin
+        with np.errstate(over="ignore"):
+            margin = 1e-4 * np.maximum(1.0, 2 * middle_and_half_range(action_space)[1].astype(np.float64))
+            low, high = action_space.low - margin, action_space.high + margin
         what = f"outside of the action space of the env, {action_space}, which `clip_actions=True` clips them to"
         _check_rows(lambda rows: (rows < low) | (rows > high), "actions", actions, what)
 

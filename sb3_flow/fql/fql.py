@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
+from sb3_flow.common.bounds import middle_and_half_range
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
 from sb3_flow.common.checks import to_int
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
@@ -315,10 +316,10 @@ class FQL(OffPolicyAlgorithm):
         check_transitions(transitions, self.observation_space, self.action_space, n_stack, clip_actions)
         # In [-1, 1] inside, as SB3 does, and in single precision. Arrays of the user's own are not touched
         assert isinstance(self.action_space, spaces.Box)
-        low, high = self.action_space.low.astype(np.float32), self.action_space.high.astype(np.float32)
-        actions = np.subtract(transitions.actions, low, out=None if dataset_name(dataset) is None else transitions.actions)
-        actions *= 2 / (high - low)
-        actions -= 1
+        middle, half_range = middle_and_half_range(self.action_space)
+        actions = np.empty_like(transitions.actions) if dataset_name(dataset) is None else transitions.actions
+        np.subtract(transitions.actions, middle, out=actions)
+        actions /= half_range
         np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
         transitions = replace(transitions, actions=actions)
         return OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device)
