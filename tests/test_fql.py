@@ -895,6 +895,38 @@ def test_whole_episodes_are_held_out(n_steps):
     assert env.obs_rms.mean[0] == pytest.approx(data["observations"][model.offline_buffer.rows, 0].mean(), rel=1e-3)
 
 
+def test_validation_that_is_not_saved(tmp_path):
+    """As with a dataset that was given as arrays."""
+    data, path = tmp_path / "data.npz", tmp_path / "model.zip"
+    np.savez(data, **make_dataset())
+    for validation in (make_dataset(seed=1), data, 0.5, None):
+        make_model(dataset=data, dataset_kwargs=dict(validation=validation)).save(path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = FQL.load(path, env=gym.make("Pendulum-v1")).learn_offline(1)
+        said = [text for text in (str(warning.message) for warning in caught) if "held out for validation" in text]
+        assert len(said) == isinstance(validation, dict)
+        assert (model.validation_buffer is None) == (validation is None or isinstance(validation, dict))
+
+
+@pytest.mark.parametrize("steps", [2.5, "5", None, -1, True])
+def test_bad_numbers_of_steps(steps):
+    model = make_model()
+    with pytest.raises(ValueError, match="`gradient_steps` must"):
+        model.learn_offline(steps)
+    with pytest.raises(ValueError, match="`total_timesteps` must"):
+        model.learn(steps)
+    assert model.learn_offline(np.int64(2)).num_timesteps == model.learn_offline(2.0).num_timesteps == 2
+
+
+@pytest.mark.parametrize("clip_actions", ["yes", 1, None])
+def test_bad_dataset_arguments(clip_actions):
+    with pytest.raises(ValueError, match="`clip_actions` must be True or False, it is"):
+        make_model(dataset_kwargs=dict(clip_actions=clip_actions))
+    with pytest.raises(ValueError, match="`dataset_kwargs` must be a dictionary, it is 'a'"):
+        make_model(dataset_kwargs="a")
+
+
 def test_bad_validation():
     for value in (0, 1, -0.1, 1.5, True):
         with pytest.raises(ValueError, match=r"`validation` must be a dataset, or a fraction between 0 and 1, it is"):
@@ -995,7 +1027,7 @@ def test_bad_arguments():
     for name in ("alpha", "offline_steps", "random_crop"):
         with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
             make_model(**{name: -1})
-        with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
+        with pytest.raises(ValueError, match=f"`{name}` must (not be negative|be an integer)"):
             make_model(**{name: np.nan})
     with pytest.raises(ValueError, match="`offline_steps` needs a `dataset`"):
         make_model(dataset=None, offline_steps=10)

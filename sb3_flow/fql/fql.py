@@ -1,7 +1,7 @@
 import io
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -199,6 +199,7 @@ class FQL(OffPolicyAlgorithm):
         self.offline_buffer: OfflineBuffer | None = None
         self.validation_buffer: OfflineBuffer | None = None
         self._has_dataset = False
+        self._has_validation = False
         self._has_default_replay_buffer = replay_buffer_class is None
         self._n_offline_updates = 0
         self._steps_after_offline = 0
@@ -209,6 +210,8 @@ class FQL(OffPolicyAlgorithm):
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
     def _check_arguments(self) -> None:
+        if not isinstance(self.dataset_kwargs, Mapping):
+            raise ValueError(f"`dataset_kwargs` must be a dictionary, it is {self.dataset_kwargs!r}")
         check_reward_arguments(**self._reward_arguments)
         check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
         integers = dict(
@@ -281,6 +284,8 @@ class FQL(OffPolicyAlgorithm):
         :param kwargs: Keyword arguments to pass to :func:`sb3_flow.common.datasets.load_dataset`
         :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
         """
+        if not isinstance(clip_actions, (bool, np.bool_)):
+            raise ValueError(f"`clip_actions` must be True or False, it is {clip_actions!r}")
         # The task is the same with another dataset
         kwargs = {name: value for name, value in self.dataset_kwargs.items() if name in REWARD_ARGUMENTS} | kwargs
         options = dict(clip_actions=clip_actions, device=device) | kwargs
@@ -297,7 +302,7 @@ class FQL(OffPolicyAlgorithm):
                 raise ValueError(f"`validation`: {error}") from error
             remembered = dataset_name(validation)
         self.offline_buffer, self.validation_buffer = buffer, validation_buffer
-        self._has_dataset = True
+        self._has_dataset, self._has_validation = True, validation is not None
         self.learning_starts = 0
         # Only what can be loaded again is worth remembering
         self.dataset, self.dataset_kwargs = dataset_name(dataset), dict(validation=remembered) | options
@@ -327,6 +332,11 @@ class FQL(OffPolicyAlgorithm):
     def _load_dataset(self) -> None:
         """After a model was loaded, its dataset is."""
         if self.offline_buffer is None and self.dataset is not None:
+            if self._has_validation and self.dataset_kwargs.get("validation") is None:
+                warnings.warn(
+                    "What was held out for validation was given as arrays, which are not saved, or it was left out when the "
+                    "model was loaded: call `set_dataset()` with `validation` to go on logging its losses"
+                )
             try:
                 self.set_dataset(self.dataset, **self.dataset_kwargs)
             except FileNotFoundError as error:
@@ -537,8 +547,7 @@ class FQL(OffPolicyAlgorithm):
         :return: the trained model
         :raises ValueError: if there is no dataset, or no environment, or an argument is out of its range
         """
-        if gradient_steps < 0:
-            raise ValueError(f"`gradient_steps` must not be negative, it is {gradient_steps}")
+        gradient_steps = to_int("gradient_steps", gradient_steps, at_least=0)
         self._learn_offline(gradient_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
 
@@ -643,8 +652,7 @@ class FQL(OffPolicyAlgorithm):
         :raises ValueError: if the replay buffer is too small to learn online, or the dataset has no rewards,
             or an argument is out of its range
         """
-        if total_timesteps < 0:
-            raise ValueError(f"`total_timesteps` must not be negative, it is {total_timesteps}")
+        total_timesteps = to_int("total_timesteps", total_timesteps, at_least=0)
         self._load_dataset()
         if total_timesteps > 0 and self._only_clones:
             raise ValueError("With `need_rewards=False` a dataset is only cloned: `learn_offline()` or `learn(0)`, not online")
