@@ -486,8 +486,21 @@ def test_only_terminations_and_no_next_observations(names, others):
         *[
             ({name: make_flags(4)}, f"{name!r} is not known, and looks as if it said where episodes end")
             for name in ("is_done", "terminal_flag", "trunc", "time_out", "end", "isLast", "absorbing", "mask", "valid_mask",
-                         "episode_over", "final", "step_type", "dones_mask", "eos", "TERMINAL_STATE", "resets")
+                         "episode_over", "final", "step_type", "dones_mask", "eos", "TERMINAL_STATE", "resets",
+                         "dw", "game_over", "over", "dead", "died", "is_alive", "stop", "stopped",
+                         "abort", "exit", "complete", "completed", "cutoff", "boundary", "bootstrap", "begin", "gameOver")
         ],
+        *[
+            ({name: np.arange(20) // 5}, f"{name!r} is not known, .* name it 'episode_index'")
+            for name in ("ep_id", "rollout_id", "demo_id", "episode_num", "trajIdx", "ep_idx", "demo_index")
+        ],
+        *[
+            (dict(episode_ends=np.array(counts, dtype=dtype)), "'episode_ends' must be 20 flags, one for each row, or numbers")
+            for counts, dtype in [
+                ([-5, 10, 20], int), ([10, 5, 20], np.uint64), ([5, 5, 20], np.uint8), ([5, 19], int), ([0, 20], np.uint64)
+            ]
+        ],
+        (dict(indices=np.array([10, 5], dtype=np.uint64)), "'indices' must be 20 flags, one for each row, or numbers"),
     ],
 )  # fmt: skip
 def test_flags_are_not_guessed(flags, message):
@@ -606,6 +619,37 @@ def test_torchrl(with_next):
         assert_same(transitions, arrays)
     else:
         assert np.flatnonzero(transitions.episode_ends).tolist() == [4, 8, 13, 17]
+
+
+@pytest.mark.parametrize("flag", ["is_terminal", "discount"])
+@pytest.mark.parametrize("last_step_is_empty", [True, False])
+def test_last_step_of_rlds(flag, last_step_is_empty):
+    """It is nothing but an observation, unless it has an action and a reward."""
+    last, over = make_flags(4, 9, 14, 19), make_flags(4, 14)
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards")} | dict(is_last=last)
+    arrays[flag] = over if flag == "is_terminal" else 1.0 - over
+    if last_step_is_empty:
+        arrays |= {name: np.where(last.reshape(-1, *[1] * (arrays[name].ndim - 1)), 0, arrays[name])
+                   for name in ("actions", "rewards")}  # fmt: skip
+    transitions = load_dataset(arrays)
+    # (The rows that are left)
+    if last_step_is_empty:
+        assert len(transitions) == 16 and np.flatnonzero(transitions.dones).tolist() == [3, 11]
+    else:
+        assert len(transitions) == 18 and np.flatnonzero(transitions.dones).tolist() == [4, 13]
+
+
+def test_empty_arrays_of_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py", reason='needs pip install "sb3-flow[offline]"')
+    for name in ("note", "actions"):
+        with h5py.File(tmp_path / "data.h5", "w") as file:
+            for key, value in (make_arrays() | {name: h5py.Empty("f")}).items():
+                file[key] = value
+        if name == "note":
+            assert len(load_dataset(tmp_path / "data.h5")) == 20
+        else:
+            with pytest.raises(ValueError, match="actions is empty: it has no shape"):
+                load_dataset(tmp_path / "data.h5")
 
 
 def make_inputs():

@@ -150,8 +150,11 @@ _RECORDED = ("ends", "starts", "lengths", "splits", "episodes", "last")
 
 _LOOKS_LIKE_FLAG = re.compile(
     r"done|termin|trunc|time_?out|time_?limit|absorb|mask|valid|episode|traj|step_?type|discount"
-    r"|(^|[^a-z])(ends?|ended|eo[est]|last|first|finals?|starts?|init|resets?|continues?|cont|finish(ed)?|term)([^a-z]|$)"
+    r"|(^|[^a-z])(ends?|ended|eo[est]|last|first|finals?|starts?|init|resets?|continues?|cont|finish(ed)?|term"
+    r"|dw|game_?over|over|dead|died|alive|stop(s|ped)?|abort(s|ed)?|exit(s|ed)?|completed?|cut_?off|boundary|boundaries"
+    r"|bootstraps?|begins?)([^a-z]|$)"
 )
+_LOOKS_LIKE_NUMBER = re.compile(r"(^|[^a-z])(eps?|episode|traj|trajectory|rollout|demo)s?_?(id|idx|index|num|number|no)s?$")
 _LOOKS_LIKE_NEXT = re.compile("next|new_")
 _CAMEL_CASE = re.compile("(?<=[a-z])(?=[A-Z])")
 
@@ -380,7 +383,8 @@ def _n_rows(value: Any) -> int | None:
         return None
     shape = getattr(value, "shape", None)
     if shape is None:
-        return len(value) if hasattr(value, "__len__") else None
+        # (HDF5 has arrays that are empty, and have no shape)
+        return len(value) if hasattr(value, "__len__") and not hasattr(value, "dtype") else None
     return shape[0] if len(shape) else None
 
 
@@ -391,6 +395,11 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
         if _row(name) or _part(name) or not _is_needed(name) or not (n_rows or isinstance(value, Mapping)):
             continue
         words = _CAMEL_CASE.sub("_", name.removeprefix("next.")).lower()
+        if n_rows and _LOOKS_LIKE_NUMBER.search(words):
+            raise ValueError(
+                f"{name!r} is not known, and looks as if it were the number of the episode: name it 'episode_index', or leave "
+                "it out"
+            )
         if n_rows and _LOOKS_LIKE_FLAG.search(words):
             raise ValueError(
                 f"{name!r} is not known, and looks as if it said where episodes end: name it 'terminated', 'truncated' or "
@@ -488,7 +497,8 @@ class _Flags:
             if "terminated" in flags:
                 self._check("masks", self._names["terminated"], flags["terminated"] == masks)
             ends = self._union(*_RECORDED, "terminated", "terminals", "truncated", "dones")
-            return ~masks, nowhere if ends is None else ends
+            ends = nowhere if ends is None else ends
+            return ~masks if "masks" in flags else self._of_the_row_before(~masks, ends, arrays), ends
         if "terminated" in flags or "terminals" in flags:
             return self._interpret_terminated(arrays)
         if "dones" in flags:
@@ -514,12 +524,15 @@ class _Flags:
         assert ends is not None
         if not {"terminated", "truncated"} & set(flags):
             self.ambiguous = self._names["terminals"]
-        if self._names[role] == "is_terminal" and not self._has_next:
-            last = ends
-            if not np.any(np.asarray(arrays["actions"])[last]) and not np.any(np.asarray(arrays["rewards"])[last]):
-                # Of RLDS: only the observation counts, and it is the row before that leads to it
-                terminated = np.append(terminated[1:] & last[1:], False) & ~last
+        if self._names[role] == "is_terminal":
+            terminated = self._of_the_row_before(terminated, ends, arrays)
         return terminated, ends
+
+    def _of_the_row_before(self, terminated: np.ndarray, ends: np.ndarray, arrays: Mapping[str, Any]) -> np.ndarray:
+        """In the last steps of RLDS only the observation counts, and it is the row before that leads to it."""
+        if self._has_next or np.any(np.asarray(arrays["actions"])[ends]) or np.any(np.asarray(arrays["rewards"])[ends]):
+            return terminated
+        return np.append(terminated[1:] & ends[1:], False) & ~ends
 
     def warn_of_what_is_missing(self, dones: np.ndarray | None, ends: np.ndarray | None) -> None:
         """
@@ -569,9 +582,20 @@ class _Flags:
 
     def _read_ends(self, name: str, value: Any) -> np.ndarray:
         counts = np.asarray(as_source(name, value))
-        if counts.ndim == 1 and counts.dtype.kind in "iu" and counts[-1:] == self.n and (np.diff(counts) > 0).all():
-            return self._at(counts - 1)
+        are_flags = len(counts) == self.n and np.isin(counts, (0, 1)).all()
+        if counts.ndim == 1 and counts.dtype.kind in "iu" and not are_flags:
+            return self._read_counts(name, counts)
         return self._read(name, value)
+
+    def _read_counts(self, name: str, counts: np.ndarray) -> np.ndarray:
+        # (Differences of unsigned integers are never negative)
+        counts = np.append(0, counts.astype(np.float64))
+        if counts[-1] != self.n or (counts % 1).any() or not (np.diff(counts) > 0).all():
+            raise ValueError(
+                f"{name!r} must be {self.n} flags, one for each row, or numbers of rows, each larger than the one before, up "
+                f"to {self.n}"
+            )
+        return self._at(counts[1:] - 1)
 
     def _read_starts(self, name: str, value: Any) -> np.ndarray:
         return np.append(self._read(name, value)[1:], True)
@@ -585,10 +609,10 @@ class _Flags:
         return self._at(lengths.reshape(-1).cumsum() - 1) if are_integers and lengths.sum() == self.n else None
 
     def _read_splits(self, name: str, value: Any) -> np.ndarray:
-        counts = np.append(0, np.append(read_column(name, value), self.n))
-        if counts.dtype.kind not in "iuf" or (counts % 1).any() or not (np.diff(counts) > 0).all():
-            raise ValueError(f"{name!r} must be numbers of rows, each larger than the one before, up to {self.n}")
-        return self._at(counts[1:] - 1)
+        counts = read_column(name, value)
+        if counts.dtype.kind not in "iuf":
+            raise ValueError(f"{name!r} must be numbers of rows, not {counts.dtype}")
+        return self._read_counts(name, np.append(counts.astype(np.float64), self.n))
 
     def _read_episodes(self, name: str, value: Any) -> np.ndarray:
         values = value.to_numpy() if hasattr(value, "to_numpy") else value

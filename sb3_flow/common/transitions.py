@@ -171,6 +171,8 @@ def as_source(name: str, source: Any) -> Any:
             f"{name} must be numbers, not object: it is pickled, which can run any code when it is loaded. Save it as "
             "numbers, or trust it with `allow_pickle=True`"
         )
+    if source.shape is None:
+        raise ValueError(f"{name} is empty: it has no shape")
     if len(source.shape) == 0:
         raise ValueError(f"{name} must be an array with a row for each transition, not {source[()]!r}")
     return source
