@@ -652,6 +652,47 @@ def test_empty_arrays_of_hdf5(tmp_path):
                 load_dataset(tmp_path / "data.h5")
 
 
+@pytest.mark.parametrize("with_final", [True, False])
+@pytest.mark.parametrize("need_rewards", [True, False])
+def test_list_of_demonstrations(with_final, need_rewards):
+    """Without flags, each ends in its last row, as those of a file with groups do."""
+    demos = [dict(obs=np.random.rand(n + with_final, 3), actions=np.zeros((n, 2)), rewards=np.zeros(n)) for n in (5, 3, 4)]
+    ends = [4, 7, 11] if with_final else [3, 5, 8]
+    for dataset in (demos, {f"demo_{number}": demo for number, demo in enumerate(demos)}):
+        transitions = load_dataset(dataset, need_rewards=need_rewards)
+        assert np.flatnonzero(transitions.episode_ends).tolist() == ends and transitions.dones.sum() == 0
+    # One with flags is a dataset, of any number of episodes
+    several = make_arrays() | dict(next_observations=None)
+    assert load_dataset([several, several]).episode_ends.sum() == 8
+
+
+def test_states_of_a_simulator():
+    arrays = make_arrays()
+    states = arrays["observations"] + 100
+    # Beside observations, they are not theirs
+    transitions = load_dataset(arrays | dict(states=states, next_states=states) | dict(next_observations=None))
+    assert transitions.observations.max() < 10 and transitions.next_observations.max() < 10
+    data = {name: arrays[name] for name in ("actions", "rewards", "dones")} | dict(states=states)
+    with pytest.warns(DatasetWarning, match="The states are taken as observations"):
+        load_dataset({"data": {"demo_0": data}})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The states")
+        load_dataset(data | dict(next_states=states + 0.1))
+
+
+@pytest.mark.parametrize("kind", ["episodes", "equal episodes", "environments", "arrays of environments"])
+def test_rows_that_are_episodes(kind):
+    lengths = (5, 3) if kind == "episodes" else (4, 4)
+    arrays = dict(observations=3, actions=2, rewards=0, terminated=0)
+    data = {name: [np.zeros((n, size) if size else n) for n in lengths] for name, size in arrays.items()}
+    if kind == "environments":
+        data = {name: [list(step) for step in zip(*value, strict=True)] for name, value in data.items()}
+    if kind == "arrays of environments":
+        data = {name: np.stack(value, axis=1) for name, value in data.items()}
+    with pytest.raises(ValueError, match="make a list of dictionaries of them, one for each episode or environment"):
+        load_dataset(data)
+
+
 def make_inputs():
     arrays = make_arrays()
     arrays["observations"], arrays["next_observations"] = (

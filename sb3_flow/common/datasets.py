@@ -321,7 +321,7 @@ def _natural_order(name: Any) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
 
 
-def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool, need_rewards: bool) -> Transitions:
+def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool | None, need_rewards: bool) -> Transitions:
     has = {None: "next observations", True: "a final observation", False: "neither next observations nor a final one"}
     transitions: list[Transitions] = []
     kinds: list[bool | None] = []
@@ -519,7 +519,7 @@ def _load_list(datasets: Sequence[Any], allow_pickle: bool, need_rewards: bool, 
         if _is_transition(mappings[0]):
             return _from_mapping(stack("The list of transitions", mappings), need_rewards)
         if all(_has_actions(mapping) for mapping in mappings):
-            return _from_parts({f"number {number}": part for number, part in enumerate(mappings)}, False, need_rewards)
+            return _from_parts({f"number {number}": part for number, part in enumerate(mappings)}, None, need_rewards)
     parts = []
     for number, dataset in enumerate(datasets):
         with _naming("" if isinstance(dataset, (str, Path)) else f"number {number}"):

@@ -179,17 +179,27 @@ class Recognised(NamedTuple):
         return len(observations) > len(self.arrays["actions"])
 
 
-def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: bool = True) -> Recognised:
+def recognise(data: Mapping[Any, Any], is_episode: bool | None = False, need_rewards: bool = True) -> Recognised:
     """
     Find out from their names what the arrays of a dataset are.
 
     :param data: Arrays by name, or nested dictionaries of them
-    :param is_episode: Whether it is known to be one episode, which ends in the last row
+    :param is_episode: Whether it is known to be one episode, which ends in the last row. If None, it is one unless it has
+        flags, or next observations.
     :param need_rewards: Whether there must be rewards. If not, they are zeros where there are none.
     :return: the arguments of :meth:`Transitions.from_arrays`
     :raises ValueError: if something is missing, contradicts something else, or is not known and looks like an end flag
     """
     named = _names(data)
+    if _find_in(_ROWS["observations"], named) is not None:
+        # Those of a simulator, beside observations
+        named = {name: value for name, value in named.items() if _row(name) is not _ROWS["next_states"]}
+    elif is_episode and _find("observations", named) is not None:
+        warnings.warn(
+            "The states are taken as observations. Those of robomimic's files are states of its simulator, which policies "
+            "do not have: make observations of them with its dataset_states_to_obs.py",
+            DatasetWarning,
+        )
     observations, next_observations = (_as_observations(role, _find(role, named)) for role in _OBSERVATIONS)
     actions, rewards = _find("actions", named), _find("rewards", named)
     needed = dict(observations=observations, actions=actions) | (dict(rewards=rewards) if need_rewards else {})
@@ -313,20 +323,25 @@ def _part(name: str) -> tuple[str, str] | None:
 
 def _find(role: str, named: Mapping[str, Any]) -> Any:
     """The array with this role, or the group of arrays. None if there is none."""
-    for row in (row for row in NAMES if row.role == role):
-        found = {name: value for name, value in named.items() if _row(name) is row}
-        for name, value in named.items():
-            group, key = _part(name) or ("", "")
-            if group in row.names:
-                parts = found.setdefault(group, _Parts())
-                if not isinstance(parts, _Parts):
-                    raise ValueError(f"{group!r} and {name!r} are both {role}: leave one of them out")
-                _put(group, parts, key.replace(".", _SEPARATOR), value)
-        if len(found) > 1:
-            raise ValueError(f"{' and '.join(map(repr, found))} are both {role}: leave one of them out")
-        for value in found.values():
-            # LeRobot's observation.state by itself is a vector
-            return next(iter(value.values())) if isinstance(value, _Parts) and len(value) == 1 else value
+    arrays = (_find_in(row, named) for row in NAMES if row.role == role)
+    return next((array for array in arrays if array is not None), None)
+
+
+def _find_in(row: Names, named: Mapping[str, Any]) -> Any:
+    """The array with one of these names, or the group of arrays. None if there is none."""
+    found = {name: value for name, value in named.items() if _row(name) is row and value is not None}
+    for name, value in named.items():
+        group, key = _part(name) or ("", "")
+        if group in row.names:
+            parts = found.setdefault(group, _Parts())
+            if not isinstance(parts, _Parts):
+                raise ValueError(f"{group!r} and {name!r} are both {row.role}: leave one of them out")
+            _put(group, parts, key.replace(".", _SEPARATOR), value)
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(map(repr, found))} are both {row.role}: leave one of them out")
+    for value in found.values():
+        # LeRobot's observation.state by itself is a vector
+        return next(iter(value.values())) if isinstance(value, _Parts) and len(value) == 1 else value
     return None
 
 
@@ -446,11 +461,11 @@ class _Flags:
 
     :param named: What is in the dataset
     :param n: Number of rows of the actions
-    :param is_episode: Whether it is one episode, which ends in the last row
+    :param is_episode: Whether it is one episode, which ends in the last row. If None, it is one if there is nothing else.
     :param has_next: Whether there are next observations
     """
 
-    def __init__(self, named: Mapping[str, Any], n: int, is_episode: bool, has_next: bool):
+    def __init__(self, named: Mapping[str, Any], n: int, is_episode: bool | None, has_next: bool):
         self.n = n
         self._has_next = has_next
         #: Name of the flags of terminations that may include time-outs
@@ -476,7 +491,7 @@ class _Flags:
                 if role in self._flags:
                     self._check(role, name, self._flags[role] != flags)
                 self._names[role], self._flags[role] = name, flags
-        if self._is_episode:
+        if self._is_episode or (self._is_episode is None and not self._flags and not has_next):
             self._flags["last"] = self._at(np.array([n - 1]))
 
     def interpret(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -25,6 +25,12 @@ BLOCK_SIZE = 2**20
 ROUNDING = 1e-6
 
 
+_HINT = (
+    ". If a row is an episode, or a step of several environments, make a list of dictionaries of them, one for each episode "
+    "or environment"
+)
+
+
 class DatasetWarning(UserWarning):
     """Something about a dataset that may not be as it was meant."""
 
@@ -206,7 +212,8 @@ def _stack_rows(name: str, rows: Sequence[Any]) -> np.ndarray:
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{name} must be numbers, not {array.dtype}: row {number} is a {type(rows[number]).__name__}")
         if array.shape != arrays[0].shape:
-            raise ValueError(f"{name}, row {number}: its shape is {array.shape}, that of row 0 is {arrays[0].shape}")
+            hint = _HINT if array.shape[1:] == arrays[0].shape[1:] else ""
+            raise ValueError(f"{name}, row {number}: its shape is {array.shape}, that of row 0 is {arrays[0].shape}{hint}")
     return np.stack(arrays) if arrays else np.zeros(0)
 
 
@@ -225,7 +232,8 @@ def read_column(name: str, source: Any) -> np.ndarray:
     """
     source = as_source(name, source)
     if int(np.prod(source.shape[1:])) != 1:
-        raise ValueError(f"{name} must be one number for each transition, of shape (n,), not {source.shape}")
+        hint = _HINT if len(source.shape) > 1 else ""
+        raise ValueError(f"{name} must be one number for each transition, of shape (n,), not {source.shape}{hint}")
     return np.asarray(source).reshape(-1)
 
 
