@@ -21,7 +21,7 @@ from sb3_flow import FQL
 from sb3_flow.common.buffers import OfflineBuffer
 from sb3_flow.common.datasets import from_replay_buffer, load_dataset
 from sb3_flow.common.layouts import NAMES
-from sb3_flow.common.transitions import DatasetWarning, Transitions, check_transitions
+from sb3_flow.common.transitions import DatasetWarning, Transitions, check_transitions, fit_observations
 
 needs_data = pytest.mark.skipif(
     "SB3_FLOW_DATA" not in os.environ, reason="SB3_FLOW_DATA, a folder of OGBench files, is not set"
@@ -201,6 +201,51 @@ def test_dict_observations():
         check_transitions(transitions, spaces.Dict({"vector": OBSERVATION_SPACE}))
     with pytest.raises(ValueError, match=r"observations\['vector'\] of shape \(3,\)"):
         check_transitions(transitions, spaces.Dict({**space.spaces, "vector": ACTION_SPACE}))
+
+
+@pytest.mark.parametrize(
+    ("space", "values", "error"),
+    [
+        (spaces.Discrete(5), [0, 4, 5], "row 2: not in the observation space"),
+        (spaces.Discrete(5, start=-1), [-1, 3, 4], "row 2: not in the observation space"),
+        (spaces.Discrete(5), [0, 0.5, 1], "row 1: not in the observation space"),
+        (spaces.MultiDiscrete([2, 3]), [[1, 2], [0, 0], [2, 0]], "row 2: not in the observation space"),
+        (spaces.MultiBinary(2), [[1, 0], [0, 2], [0, 0]], "row 1: not in the observation space"),
+        # Flat images: bytes for fractions, and the other way round
+        (spaces.Box(0, 1, (2,)), [[0, 0], [255, 0], [3, 9]], "row 1: outside .*they look like bytes"),
+        (spaces.Box(0, 255, (2,), dtype=np.uint8), [[0, 0], [0.2, 1], [1, 1]], "row 1: a fraction, and .* are bytes"),
+        # Other bounds are rough
+        (spaces.Box(-1, 1, (2,)), [[0, 0], [0, 1.2], [1, 1]], None),
+        (spaces.Box(0, 1, (2,)), [[0, 0], [0, 1.2], [1, 1]], None),
+        (spaces.Box(0, np.inf, (2,)), [[0, 0], [0, -1], [1, 1]], None),
+    ],
+)
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_values_of_observations(space, values, error, dictionary):
+    wrong, right = (np.asarray(rows, dtype=np.float32) for rows in (values, [values[0]] * 3))
+    name, keys = "observations", {"a": space} if dictionary else None
+
+    def check(observations, next_observations, dones=0):
+        parts = ({"a": part} if dictionary else part for part in (observations, next_observations))
+        data = Transitions.from_arrays(next(parts), np.zeros((3, 2)), np.zeros(3), next(parts), np.full(3, dones))
+        data = Transitions(**data.__dict__ | {n: fit_observations(getattr(data, n), spaces.Dict(keys) if keys else space)
+                                              for n in ("observations", "next_observations")})  # fmt: skip
+        check_transitions(data, spaces.Dict(keys) if keys else space, ACTION_SPACE)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # What is after the end does not matter
+        check(right, right)
+        check(right, wrong, dones=1)
+    for name, arrays in (("observations", (wrong, right)), ("next_observations", (right, wrong))):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Most next")
+            if error is None:
+                with pytest.warns(DatasetWarning, match=f"^{name}.*, row 1: outside of the observation space"):
+                    check(*arrays)
+            else:
+                with pytest.raises(ValueError, match=f"^{name}.*, {error}"):
+                    check(*arrays)
 
 
 def test_nested_observations():

@@ -292,10 +292,10 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
             names = [name for name in groups if (kind := _NUMBER.sub("#", str(name))) in kinds and kind.endswith("#")]
             if names:
                 if len(kinds) > 1:
-                    others = [name for name in with_actions if _NUMBER.sub("#", str(name)) != min(kinds)]
+                    odd = [name for name in with_actions if _NUMBER.sub("#", str(name)) != min(kinds)]
                     raise ValueError(
                         f"there are groups with actions of more than one kind, {', '.join(map(repr, sorted(kinds)))} (such as "
-                        f"{others[0]!r}): give those of one kind, as a list of dictionaries or in a file of their own"
+                        f"{odd[0]!r}): give those of one kind, as a list of dictionaries or in a file of their own"
                     )
                 # (robomimic's mask is a list of names for each split)
                 warn_of_unknown(name for name in {*data, *groups} - {*names, "data", "mask"})

@@ -479,6 +479,10 @@ def check_transitions(
         if np.issubdtype(array.dtype, np.floating):
             exempt = transitions.dones == 1 if name.startswith("next_observations") else None
             _check_rows(lambda rows: ~np.isfinite(rows), name, array, "NaN or inf", exempt)
+    if observation_space is not None:
+        for name in ("observations", "next_observations"):
+            exempt = transitions.dones == 1 if name == "next_observations" else None
+            _check_values(name, getattr(transitions, name), observation_space, exempt)
     _check_rows(lambda rows: ~np.isin(rows, (0, 1)), "dones", transitions.dones, "neither 0 nor 1")
     if action_space is not None:
         actions = transitions.actions
@@ -496,13 +500,62 @@ def check_transitions(
 def _check_rows(
     is_wrong: Callable[[np.ndarray], np.ndarray], name: str, array: np.ndarray, what: str, exempt: np.ndarray | None = None
 ) -> None:
+    found = _find_row(is_wrong, array, exempt)
+    if found is not None:
+        raise ValueError(f"{name}, row {found}: {what} ({array[found]})")
+
+
+def _find_row(is_wrong: Callable[[np.ndarray], np.ndarray], array: np.ndarray, exempt: np.ndarray | None = None) -> int | None:
+    """The first row with something wrong."""
     for start, rows in blocks(array):
         wrong = is_wrong(rows)
         if exempt is not None and wrong.any():
             wrong[exempt[start : start + len(rows)]] = False
         if wrong.any():
-            row = int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
-            raise ValueError(f"{name}, row {start + row}: {what} ({rows[row]})")
+            return start + int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
+    return None
+
+
+def _check_values(name: str, observations: Observations, space: spaces.Space, exempt: np.ndarray | None) -> None:
+    """Values must be in the space. Those out of the bounds of a Box are no more than a warning, as many bounds are rough."""
+    if isinstance(observations, dict):
+        for key, array in observations.items():
+            _check_values(f"{name}[{key!r}]", array, space[key], exempt)  # type: ignore[index]
+        return
+    if isinstance(space, spaces.Box):
+        _check_box(name, observations, space, exempt)
+        return
+    if isinstance(space, spaces.MultiBinary):
+        low, high = np.zeros(space.shape), np.ones(space.shape)
+    else:
+        assert isinstance(space, (spaces.Discrete, spaces.MultiDiscrete))
+        low = np.asarray(space.start)
+        high = low + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
+    low, high = (np.resize(bound, observations.shape[1:]) for bound in (low, high))
+    what = f"not in the observation space of the env, {space}"
+    _check_rows(lambda rows: (rows < low) | (rows > high) | (rows % 1 != 0), name, observations, what, exempt)
+
+
+def _check_box(name: str, observations: np.ndarray, space: spaces.Box, exempt: np.ndarray | None) -> None:
+    if observations.dtype == space.dtype == np.uint8:
+        return
+    # Stacked ones have the bounds of a single one, several times
+    low, high = (bound[: observations.shape[1]] if bound.ndim else bound for bound in (space.low, space.high))
+    with np.errstate(over="ignore"):
+        margin = 1e-4 * np.maximum(1.0, np.abs(np.where(np.isfinite(high) & np.isfinite(low), high - low, 0.0)))
+        low, high = low - margin, high + margin
+    is_fraction = _find_row(lambda rows: (rows < 0) | (rows > 1), observations, exempt) is None
+    if space.dtype == np.uint8 and is_fraction:
+        what = "a fraction, and the observations of the env are bytes, from 0 to 255"
+        _check_rows(lambda rows: rows % 1 != 0, name, observations, what, exempt)
+    row = _find_row(lambda rows: (rows < low) | (rows > high), observations, exempt)
+    if row is None:
+        return
+    what = f"{name}, row {row}: outside of the observation space of the env, {space} ({observations[row]})"
+    if (space.low >= 0).all() and (space.high <= 1).all():
+        if _find_row(lambda rows: (rows < 0) | (rows > 255) | (rows % 1 != 0), observations, exempt) is None:
+            raise ValueError(f"{what}: they look like bytes, from 0 to 255")
+    warnings.warn(what, DatasetWarning)
 
 
 def _check_shapes(name: str, observations: Observations, space: spaces.Space, n_stack: int) -> None:
