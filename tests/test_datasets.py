@@ -833,6 +833,11 @@ def test_bad_parts_are_named():
 
 def test_joined_images_are_of_one_kind():
     """Bytes, and the same in [0, 1], are not the same."""
+    flat = [make_arrays() | {name: np.ones((20, 9), dtype=dtype) for name in ("observations", "next_observations")}
+            for dtype in (np.uint8, np.float32)]  # fmt: skip
+    for some in (flat, {f"demo_{number}": part for number, part in enumerate(flat)}):
+        with pytest.raises(ValueError, match=r"observations is uint8 data in .*0, float32 data in .*1"):
+            load_dataset(some)
     parts = [make_arrays() | {name: np.ones((20, 3, 4, 4), dtype=dtype) for name in ("observations", "next_observations")}
              for dtype in (np.uint8, np.float32)]  # fmt: skip
     for some in (parts, parts[::-1], [load_dataset(part) for part in parts]):

@@ -32,7 +32,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_flow.common.layouts import describe, find_array, has_role, recognise, stack, warn_of_unknown
-from sb3_flow.common.transitions import DatasetWarning, Transitions, join, map_arrays
+from sb3_flow.common.transitions import DatasetWarning, Transitions, join, map_arrays, named_arrays
 
 
 @contextmanager
@@ -326,18 +326,33 @@ def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool | Non
     transitions: list[Transitions] = []
     kinds: list[bool | None] = []
     ambiguous: dict[str, list[np.ndarray]] = {}
+    dtypes: dict[str, dict[str, str]] = {}
     for name, part in parts.items():
         with _naming(name):
             recognised = recognise(part, are_episodes, need_rewards)
             kinds.append(recognised.has_final_observations)
             if kinds[-1] != kinds[0] and (are_episodes or None not in kinds):
                 raise ValueError(f"it has {has[kinds[-1]]}, and {next(iter(parts))} has {has[kinds[0]]}")
+            for array_name, array in named_arrays("observations", recognised.arrays["observations"]):
+                _check_same_scale(dtypes.setdefault(array_name, {}), array_name, array, name)
             transitions.append(Transitions.from_arrays(**recognised.arrays))
             if need_rewards and recognised.ambiguous:
                 ambiguous.setdefault(recognised.ambiguous, []).append(transitions[-1].dones[transitions[-1].episode_ends])
     for name, dones in ambiguous.items():
         _warn_if_each_end_is_done(name, np.concatenate(dones))
     return transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
+
+
+def _check_same_scale(dtypes: dict[str, str], array_name: str, array: Any, part: str) -> None:
+    """Bytes and fractions are not the same, also where both become floating point numbers."""
+    dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    if dtype == "uint8" or dtype.startswith("float"):
+        dtypes.setdefault("uint8" if dtype == "uint8" else "float32", part)
+    if len(dtypes) > 1:
+        first, second = (f"{kind} data in {where}" for kind, where in dtypes.items())
+        raise ValueError(
+            f"Datasets to be concatenated must have the same shapes and dtypes: {array_name} is {first}, {second}"
+        )
 
 
 def _warn_if_each_end_is_done(name: str, dones: np.ndarray) -> None:
