@@ -21,7 +21,7 @@ from sb3_flow import FQL
 from sb3_flow.common.buffers import OfflineBuffer
 from sb3_flow.common.datasets import from_replay_buffer, load_dataset
 from sb3_flow.common.layouts import NAMES
-from sb3_flow.common.transitions import DatasetWarning, Transitions, check_transitions
+from sb3_flow.common.transitions import DatasetWarning, Transitions, check_transitions, fit_observations
 
 needs_data = pytest.mark.skipif(
     "SB3_FLOW_DATA" not in os.environ, reason="SB3_FLOW_DATA, a folder of OGBench files, is not set"
@@ -204,6 +204,81 @@ def test_dict_observations():
 
 
 @pytest.mark.parametrize(
+    ("space", "values", "error"),
+    [
+        (spaces.Discrete(5), [0, 4, 5], "row 2: not in the observation space"),
+        (spaces.Discrete(5, start=-1), [-1, 3, 4], "row 2: not in the observation space"),
+        (spaces.Discrete(5), [0, 0.5, 1], "row 1: not in the observation space"),
+        (spaces.MultiDiscrete([2, 3]), [[1, 2], [0, 0], [2, 0]], "row 2: not in the observation space"),
+        (spaces.MultiBinary(2), [[1, 0], [0, 2], [0, 0]], "row 1: not in the observation space"),
+        # Flat images: bytes for fractions, and the other way round
+        (spaces.Box(0, 1, (2,)), [[0, 0], [255, 0], [3, 9]], "row 1: outside .*they look like bytes"),
+        (spaces.Box(0, 255, (2,), dtype=np.uint8), [[0, 0], [0.2, 1], [1, 1]], "row 1: a fraction, and .* are bytes"),
+        # Other bounds are rough
+        (spaces.Box(-1, 1, (2,)), [[0, 0], [0, 1.2], [1, 1]], None),
+        (spaces.Box(0, 1, (2,)), [[0, 0], [0, 1.2], [1, 1]], None),
+        (spaces.Box(0, np.inf, (2,)), [[0, 0], [0, -1], [1, 1]], None),
+    ],
+)
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_values_of_observations(space, values, error, dictionary):
+    wrong, right = (np.asarray(rows, dtype=np.float32) for rows in (values, [values[0]] * 3))
+    name, keys = "observations", {"a": space} if dictionary else None
+
+    def check(observations, next_observations, dones=0):
+        parts = ({"a": part} if dictionary else part for part in (observations, next_observations))
+        data = Transitions.from_arrays(next(parts), np.zeros((3, 2)), np.zeros(3), next(parts), np.full(3, dones))
+        data = Transitions(**data.__dict__ | {n: fit_observations(getattr(data, n), spaces.Dict(keys) if keys else space)
+                                              for n in ("observations", "next_observations")})  # fmt: skip
+        check_transitions(data, spaces.Dict(keys) if keys else space, ACTION_SPACE)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # What is after the end does not matter
+        check(right, right)
+        check(right, wrong, dones=1)
+    for name, arrays in (("observations", (wrong, right)), ("next_observations", (right, wrong))):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Most next")
+            if error is None:
+                with pytest.warns(DatasetWarning, match=f"^{name}.*, row 1: outside of the observation space"):
+                    check(*arrays)
+            else:
+                with pytest.raises(ValueError, match=f"^{name}.*, {error}"):
+                    check(*arrays)
+
+
+def test_nested_observations():
+    """Their keys can be those of networks."""
+    arrays = make_arrays()
+    vector, image = arrays.pop("observations"), np.zeros((20, 36, 36, 3), dtype=np.uint8)
+    del arrays["next_observations"]
+    for nested in (
+        {"observations": {"agent": {"qpos": vector, "more": {"x": vector}}, "images": {"top": image}}},
+        {"observations": [{"agent": {"qpos": v, "more": {"x": v}}, "images": {"top": image[0]}} for v in vector]},
+        {"observations/agent/qpos": vector, "observations/agent/more/x": vector, "observations/images/top": image},
+        {"observation.agent.qpos": vector, "observation.agent.more.x": vector, "observation.images.top": image},
+    ):
+        transitions = load_dataset(arrays | nested)
+        assert set(transitions.observations) == {"agent_qpos", "agent_more_x", "images_top"}
+
+    class Env(gym.Env):
+        observation_space = spaces.Dict(
+            {"agent_qpos": OBSERVATION_SPACE, "agent_more_x": OBSERVATION_SPACE,
+             "images_top": spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8)}
+        )  # fmt: skip
+        action_space = ACTION_SPACE
+
+    FQL("MultiInputPolicy", Env(), dataset=transitions, buffer_size=1, policy_kwargs=dict(net_arch=[8])).learn_offline(1)
+
+    for some in ({"a": {"b": vector}, "a_b": vector}, {"a_b": vector, "a": {"b": vector}}, {1: vector, "1": vector}):
+        with pytest.raises(ValueError, match=r"observations has two arrays that would be called '(a_b|1)'"):
+            load_dataset(arrays | {"observations": some})
+    with pytest.raises(ValueError, match="observation has two arrays that would be called 'a_b'"):
+        load_dataset(arrays | {"observation.a.b": vector, "observation.a_b": vector})
+
+
+@pytest.mark.parametrize(
     ("name", "row", "value", "message"),
     [
         ("rewards", 7, np.nan, "rewards, row 7: NaN"),
@@ -317,6 +392,40 @@ def test_shuffled_rows():
     assert transitions.episode_ends.mean() > 0.9
 
 
+@pytest.mark.parametrize("kind", [int, str, bytes, "table"])
+def test_rows_of_episodes_are_together(kind):
+    """Following rows are no next observations if those of several environments alternate, or are not in order."""
+    numbers = np.arange(20) // 5
+    if kind == "table":
+        pandas = pytest.importorskip("pandas", reason='needs pip install "sb3-flow[zoo]"')
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards")}
+    arrays |= dict(episode_id=numbers if kind is int else numbers.astype("S" if kind is bytes else "U"))
+    arrays |= dict(frame_index=np.arange(20) % 5, truncated=make_arrays()["episode_ends"])
+
+    def load(rows, **others):
+        data = {name: array[rows] for name, array in (arrays | others).items()}
+        if kind == "table":
+            data = pandas.DataFrame({name: list(array) if array.ndim > 1 else array for name, array in data.items()})
+        return load_dataset(data)
+
+    rows = np.arange(20)
+    assert load(rows).rewards.tolist() == [row for row in rows if row % 5 != 4]
+    alternating = rows.reshape(2, 10).T.reshape(-1)
+    for order in (alternating, np.random.default_rng(0).permutation(20)):
+        with pytest.raises(ValueError, match=r"'episode_id': the rows of episode .* are not together: sort them by episode"):
+            load(order)
+        with pytest.warns(DatasetWarning, match="are not together: returns of several steps"):
+            load(order, next_observations=make_arrays()["next_observations"])
+    with pytest.raises(ValueError, match=r"'frame_index' goes down in row 1, where no episode starts \(4, 3\): sort the rows"):
+        load(rows.reshape(4, 5)[:, ::-1].reshape(-1), truncated=make_flags(0, 5, 10, 15))
+    load(rows.reshape(4, 5)[:, ::-1].reshape(-1), next_observations=make_arrays()["next_observations"])
+    # The numbers start again in the second part
+    again = np.concatenate([np.arange(10), np.arange(10)])
+    with pytest.raises(ValueError, match="the parts in a list"):
+        load(again)
+    assert len(load_dataset([{name: array[:10] for name, array in arrays.items()}] * 2)) == 16
+
+
 # --- Names
 
 
@@ -334,6 +443,19 @@ def make_flags(*rows):
         # Or they may do so, but say nothing of it
         (dict(dones=make_flags(4, 9, 14, 19)), [4, 9, 14, 19], True),
         (dict(terminals=make_flags(4, 9, 14, 19)), [4, 9, 14, 19], True),
+        # What only tells ends does not help
+        *[
+            ({name: make_flags(4, 9, 14, 19)} | others, [4, 9, 14, 19], True)
+            for name in ("dones", "terminals")
+            for others in (
+                dict(episode_ends=make_flags(4, 9, 14, 19)),
+                dict(is_last=make_flags(4, 9, 14, 19)),
+                dict(episode_ends=np.array([5, 10, 15, 20])),
+                dict(episode_index=np.arange(20) // 5),
+            )
+        ],
+        (dict(dones=make_flags(4, 9, 14, 19), discount=1 - make_flags(4)), [4], False),
+        (dict(terminals=make_flags(4, 9, 14, 19), discount=1 - make_flags(4)), [4], False),
         # There are other ends than these, so that they are no time-outs
         (dict(dones=make_flags(4, 14)), [4, 14], False),
         (dict(terminated=make_flags(4, 14)), [4, 14], False),
@@ -349,6 +471,9 @@ def make_flags(*rows):
         (dict(episode_starts=make_flags(0, 5, 10, 15)), [], True),
         (dict(episode_index=np.arange(20) // 5), [], True),
         ({"next.done": make_flags(4, 9, 14, 19), "next.success": make_flags(4)}, [4], False),
+        # Flags that are not among those of the next state count
+        ({"next.done": make_flags(4, 9, 14, 19), "truncated": make_flags(9, 14, 19)}, [4], False),
+        ({"next.done": make_flags(4, 9, 14, 19), "done": np.zeros(20), "terminated": make_flags(4)}, [4], False),
         (dict(episode_ends=np.array([5, 10, 15, 20]), terminated=make_flags(4)), [4], False),
         # Nothing at all
         ({}, [], True),
@@ -372,6 +497,23 @@ def test_what_terminates(flags, dones, warns):
 
 
 @pytest.mark.parametrize(
+    "names", [("terminated",), ("terminated", "terminals"), ("terminated", "terminateds"), ("masks", "terminated")]
+)
+@pytest.mark.parametrize(
+    "others", [{}, dict(truncated=make_flags(9, 19)), dict(next_observations=make_arrays()["observations"])]
+)
+def test_only_terminations_and_no_next_observations(names, others):
+    """A truncated episode would go on in the next one."""
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards")} | others
+    arrays |= {name: 1 - make_flags(4, 14) if name == "masks" else make_flags(4, 14) for name in names}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_dataset(arrays)
+    said = [str(warning.message) for warning in caught]
+    assert any("an episode that was truncated would be taken as one with the next" in text for text in said) == (not others)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (dict(terminated=make_flags(4), dones=make_flags(9)), "'terminated' and 'dones' contradict .* in row 4"),
@@ -389,8 +531,21 @@ def test_what_terminates(flags, dones, warns):
         *[
             ({name: make_flags(4)}, f"{name!r} is not known, and looks as if it said where episodes end")
             for name in ("is_done", "terminal_flag", "trunc", "time_out", "end", "isLast", "absorbing", "mask", "valid_mask",
-                         "episode_over", "final", "step_type", "dones_mask", "eos", "TERMINAL_STATE", "resets")
+                         "episode_over", "final", "step_type", "dones_mask", "eos", "TERMINAL_STATE", "resets",
+                         "dw", "game_over", "over", "dead", "died", "is_alive", "stop", "stopped",
+                         "abort", "exit", "complete", "completed", "cutoff", "boundary", "bootstrap", "begin", "gameOver")
         ],
+        *[
+            ({name: np.arange(20) // 5}, f"{name!r} is not known, .* name it 'episode_index'")
+            for name in ("ep_id", "rollout_id", "demo_id", "episode_num", "trajIdx", "ep_idx", "demo_index")
+        ],
+        *[
+            (dict(episode_ends=np.array(counts, dtype=dtype)), "'episode_ends' must be 20 flags, one for each row, or numbers")
+            for counts, dtype in [
+                ([-5, 10, 20], int), ([10, 5, 20], np.uint64), ([5, 5, 20], np.uint8), ([5, 19], int), ([0, 20], np.uint64)
+            ]
+        ],
+        (dict(indices=np.array([10, 5], dtype=np.uint64)), "'indices' must be 20 flags, one for each row, or numbers"),
     ],
 )  # fmt: skip
 def test_flags_are_not_guessed(flags, message):
@@ -427,7 +582,7 @@ def test_warnings_name_the_file_once(tmp_path):
         transitions = load_dataset(tmp_path / "data.hdf5")
     said = sorted(str(warning.message) for warning in caught)
     assert len(said) == 2 and all(text.startswith(f"{tmp_path / 'data.hdf5'}: ") for text in said)
-    assert "'dones' is all that says where episodes end" in said[0] and "not read: 'skill'" in said[1]
+    assert "'dones' is set wherever an episode ended" in said[0] and "not read: 'skill'" in said[1]
     assert transitions.rewards.tolist() == [1] * 5 + [2] * 5 + [10] * 5
     with h5py.File(tmp_path / "data.hdf5", "a") as file:
         del file["data/demo_2/actions"]
@@ -471,6 +626,116 @@ def test_masks_of_ogbench_in_memory():
     buffer = OfflineBuffer(transitions, n_steps=3, gamma=0.9)
     rewards, last, _ = buffer._n_step_returns(th.tensor([6]))
     assert last.tolist() == [7] and np.allclose(rewards, 6 + 0.9 * 7)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5, 5], np.array([5.0, 5, 5, 5]), np.array([[5], [5], [5], [5]], dtype=np.uint64)])
+def test_lengths_of_episodes(lengths):
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards", "dones")}
+    transitions = load_dataset(arrays | dict(episode_lengths=lengths))
+    assert_same(transitions, {name: array[~make_flags(9, 19)] for name, array in make_arrays().items()} | dict(
+        episode_ends=make_flags(4, 8, 13, 17)[:18],
+        next_observations=transitions.next_observations,
+    ))  # fmt: skip
+    # Others are those of statistics
+    for others in ([5, 5, 5], np.full(20, 5), np.zeros(20), [25, -5], {"mean": 5.0}, 5):
+        transitions = load_dataset(arrays | dict(episode_length=others, next_observations=arrays["observations"] + 0.1))
+        assert np.array_equal(transitions.dones, arrays["dones"])
+
+
+@pytest.mark.parametrize("with_next", [True, False])
+def test_torchrl(with_next):
+    """What its transforms add, at both ends of a step."""
+    arrays, column = make_arrays(), th.zeros(20, 1)
+    extras = dict(step_count=column, is_init=column.bool(), episode_reward=column)
+    data = dict(observation=th.tensor(arrays["observations"]), action=th.tensor(arrays["actions"]), **extras)
+    flags = dict(done=arrays["episode_ends"], terminated=arrays["dones"], truncated=arrays["episode_ends"] & ~arrays["dones"])
+    following = dict(
+        observation=th.tensor(arrays["next_observations"]), reward=th.tensor(arrays["rewards"])[:, None], **extras
+    )
+    following |= {name: th.tensor(flag)[:, None] for name, flag in flags.items()}
+    if not with_next:
+        del following["observation"], following["done"], following["truncated"]
+    data |= dict(collector={"traj_ids": th.arange(20) // 5}, next=following)
+    data |= {name: column.bool() for name in flags if name in following}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transitions = load_dataset(data)
+    if with_next:
+        assert_same(transitions, arrays)
+    else:
+        assert np.flatnonzero(transitions.episode_ends).tolist() == [4, 8, 13, 17]
+
+
+@pytest.mark.parametrize("flag", ["is_terminal", "discount"])
+@pytest.mark.parametrize("last_step_is_empty", [True, False])
+def test_last_step_of_rlds(flag, last_step_is_empty):
+    """It is nothing but an observation, unless it has an action and a reward."""
+    last, over = make_flags(4, 9, 14, 19), make_flags(4, 14)
+    arrays = {name: make_arrays()[name] for name in ("observations", "actions", "rewards")} | dict(is_last=last)
+    arrays[flag] = over if flag == "is_terminal" else 1.0 - over
+    if last_step_is_empty:
+        arrays |= {name: np.where(last.reshape(-1, *[1] * (arrays[name].ndim - 1)), 0, arrays[name])
+                   for name in ("actions", "rewards")}  # fmt: skip
+    transitions = load_dataset(arrays)
+    # (The rows that are left)
+    if last_step_is_empty:
+        assert len(transitions) == 16 and np.flatnonzero(transitions.dones).tolist() == [3, 11]
+    else:
+        assert len(transitions) == 18 and np.flatnonzero(transitions.dones).tolist() == [4, 13]
+
+
+def test_empty_arrays_of_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py", reason='needs pip install "sb3-flow[offline]"')
+    for name in ("note", "actions"):
+        with h5py.File(tmp_path / "data.h5", "w") as file:
+            for key, value in (make_arrays() | {name: h5py.Empty("f")}).items():
+                file[key] = value
+        if name == "note":
+            assert len(load_dataset(tmp_path / "data.h5")) == 20
+        else:
+            with pytest.raises(ValueError, match="actions is empty: it has no shape"):
+                load_dataset(tmp_path / "data.h5")
+
+
+@pytest.mark.parametrize("with_final", [True, False])
+@pytest.mark.parametrize("need_rewards", [True, False])
+def test_list_of_demonstrations(with_final, need_rewards):
+    """Without flags, each ends in its last row, as those of a file with groups do."""
+    demos = [dict(obs=np.random.rand(n + with_final, 3), actions=np.zeros((n, 2)), rewards=np.zeros(n)) for n in (5, 3, 4)]
+    ends = [4, 7, 11] if with_final else [3, 5, 8]
+    for dataset in (demos, {f"demo_{number}": demo for number, demo in enumerate(demos)}):
+        transitions = load_dataset(dataset, need_rewards=need_rewards)
+        assert np.flatnonzero(transitions.episode_ends).tolist() == ends and transitions.dones.sum() == 0
+    # One with flags is a dataset, of any number of episodes
+    several = make_arrays() | dict(next_observations=None)
+    assert load_dataset([several, several]).episode_ends.sum() == 8
+
+
+def test_states_of_a_simulator():
+    arrays = make_arrays()
+    states = arrays["observations"] + 100
+    # Beside observations, they are not theirs
+    transitions = load_dataset(arrays | dict(states=states, next_states=states) | dict(next_observations=None))
+    assert transitions.observations.max() < 10 and transitions.next_observations.max() < 10
+    data = {name: arrays[name] for name in ("actions", "rewards", "dones")} | dict(states=states)
+    with pytest.warns(DatasetWarning, match="The states are taken as observations"):
+        load_dataset({"data": {"demo_0": data}})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The states")
+        load_dataset(data | dict(next_states=states + 0.1))
+
+
+@pytest.mark.parametrize("kind", ["episodes", "equal episodes", "environments", "arrays of environments"])
+def test_rows_that_are_episodes(kind):
+    lengths = (5, 3) if kind == "episodes" else (4, 4)
+    arrays = dict(observations=3, actions=2, rewards=0, terminated=0)
+    data = {name: [np.zeros((n, size) if size else n) for n in lengths] for name, size in arrays.items()}
+    if kind == "environments":
+        data = {name: [list(step) for step in zip(*value, strict=True)] for name, value in data.items()}
+    if kind == "arrays of environments":
+        data = {name: np.stack(value, axis=1) for name, value in data.items()}
+    with pytest.raises(ValueError, match="make a list of dictionaries of them, one for each episode or environment"):
+        load_dataset(data)
 
 
 def make_inputs():
@@ -568,6 +833,11 @@ def test_bad_parts_are_named():
 
 def test_joined_images_are_of_one_kind():
     """Bytes, and the same in [0, 1], are not the same."""
+    flat = [make_arrays() | {name: np.ones((20, 9), dtype=dtype) for name in ("observations", "next_observations")}
+            for dtype in (np.uint8, np.float32)]  # fmt: skip
+    for some in (flat, {f"demo_{number}": part for number, part in enumerate(flat)}):
+        with pytest.raises(ValueError, match=r"observations is uint8 data in .*0, float32 data in .*1"):
+            load_dataset(some)
     parts = [make_arrays() | {name: np.ones((20, 3, 4, 4), dtype=dtype) for name in ("observations", "next_observations")}
              for dtype in (np.uint8, np.float32)]  # fmt: skip
     for some in (parts, parts[::-1], [load_dataset(part) for part in parts]):
@@ -635,6 +905,21 @@ def test_unknown_groups_are_named(tmp_path):
         load_dataset(tmp_path / "data.h5")
 
 
+@pytest.mark.parametrize(
+    "names", [("demo_0", "demo_1", "demo_2_aug"), ("train_0", "test_0"), ("demo_0", "extra"), ("0", "a1")]
+)
+@pytest.mark.parametrize("prefix", ["data", None])
+def test_groups_of_one_kind(names, prefix):
+    episodes = {name: make_arrays(5) for name in names}
+    with pytest.raises(ValueError, match=r"groups with actions of more than one kind, .* \(such as "):
+        load_dataset({prefix: episodes} if prefix else episodes)
+
+
+def test_episodes_by_number():
+    arrays = {number: make_arrays(5) | dict(rewards=np.full(5, number)) for number in (10, 2, 1)}
+    assert load_dataset(arrays).rewards.tolist() == [1] * 5 + [2] * 5 + [10] * 5
+
+
 @pytest.mark.parametrize("need_rewards", [True, False])
 def test_without_rewards(need_rewards):
     arrays = make_arrays()
@@ -675,8 +960,21 @@ def test_reward_shift(tmp_path):
     np.savez(tmp_path / "data.npz", **arrays)
     assert np.allclose(load_dataset(tmp_path / "data.npz", reward_shift=-1.0).rewards, arrays["rewards"] - 1)
     assert load_dataset(arrays, reward_shift=2.0).rewards[3] == 5 and arrays["rewards"][3] == 3
-    with pytest.raises(ValueError, match="'success_timing' is for datasets of OGBench"):
-        load_dataset(arrays, success_timing="post")
+
+
+@pytest.mark.parametrize("dataset", [make_arrays(), [make_arrays()], "data.npz", "ogbench:cube-single-play-v0@data.npz",
+                                     "ogbench:cube-single-play-singletask-v0@data.npz", "minari:a/b-v0"])  # fmt: skip
+def test_unknown_arguments(dataset):
+    close = dict(
+        clip_action="clip_actions", reward_sift="reward_shift", need_reward="need_rewards", alow_pickle="allow_pickle"
+    )
+    for name, meant in close.items():
+        with pytest.raises(ValueError, match=rf"unknown argument '{name}' \(did you mean '{meant}'\?\)"):
+            load_dataset(dataset, **{name: True})
+    if "singletask" not in dataset:
+        pytest.importorskip("ogbench", reason='needs pip install "sb3-flow[offline]"')
+        with pytest.raises(ValueError, match="unknown argument 'success_timing': only single tasks of OGBench have others"):
+            load_dataset(dataset, need_rewards=False, success_timing="post")
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

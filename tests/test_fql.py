@@ -645,6 +645,32 @@ def test_actions_are_clipped():
         load_dataset(data, clip_actions=True)
 
 
+@pytest.mark.filterwarnings("ignore:The bounds of the action space are so wide")
+def test_actions_of_wide_bounds(tmp_path):
+    """Neither the difference of the bounds, nor that of an action and a bound, overflows."""
+    largest = np.finfo(np.float32).max
+
+    class Wide(gym.Env):
+        observation_space = spaces.Box(-10, 10, (3,))
+        action_space = spaces.Box(np.float32([-largest, 0, 0.9 * largest, -1]), np.float32([largest, largest, largest, 3]))
+
+    scaled = np.random.default_rng(0).uniform(-0.99, 0.99, (400, 4)).astype(np.float32)
+    low, high = Wide.action_space.low, Wide.action_space.high
+    actions = (0.5 * (1 - scaled) * low + 0.5 * (1 + scaled) * high).astype(np.float32)
+    data = make_dataset() | dict(actions=actions)
+    np.savez(tmp_path / "data.npz", **data)
+    for dataset in (data, tmp_path / "data.npz"):
+        before = actions.copy()
+        with np.errstate(over="raise", invalid="raise"):
+            model = FQL("MlpPolicy", Wide(), dataset=dataset, buffer_size=1, device="cpu", policy_kwargs=dict(net_arch=[8]))
+            model.learn_offline(1)
+        assert np.array_equal(actions, before)
+        assert model.offline_buffer.actions.dtype == th.float32
+        assert np.allclose(model.offline_buffer.actions.numpy(), scaled, atol=1e-4)
+    with pytest.raises(ValueError, match="actions, row 0: outside of the action space"):
+        model.set_dataset(data | dict(actions=actions * np.float32([1, 1, 0.5, 1])))
+
+
 class BatchNormExtractor(FlattenExtractor):
     def __init__(self, observation_space):
         super().__init__(observation_space)
@@ -869,6 +895,38 @@ def test_whole_episodes_are_held_out(n_steps):
     assert env.obs_rms.mean[0] == pytest.approx(data["observations"][model.offline_buffer.rows, 0].mean(), rel=1e-3)
 
 
+def test_validation_that_is_not_saved(tmp_path):
+    """As with a dataset that was given as arrays."""
+    data, path = tmp_path / "data.npz", tmp_path / "model.zip"
+    np.savez(data, **make_dataset())
+    for validation in (make_dataset(seed=1), data, 0.5, None):
+        make_model(dataset=data, dataset_kwargs=dict(validation=validation)).save(path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = FQL.load(path, env=gym.make("Pendulum-v1")).learn_offline(1)
+        said = [text for text in (str(warning.message) for warning in caught) if "held out for validation" in text]
+        assert len(said) == isinstance(validation, dict)
+        assert (model.validation_buffer is None) == (validation is None or isinstance(validation, dict))
+
+
+@pytest.mark.parametrize("steps", [2.5, "5", None, -1, True])
+def test_bad_numbers_of_steps(steps):
+    model = make_model()
+    with pytest.raises(ValueError, match="`gradient_steps` must"):
+        model.learn_offline(steps)
+    with pytest.raises(ValueError, match="`total_timesteps` must"):
+        model.learn(steps)
+    assert model.learn_offline(np.int64(2)).num_timesteps == model.learn_offline(2.0).num_timesteps == 2
+
+
+@pytest.mark.parametrize("clip_actions", ["yes", 1, None])
+def test_bad_dataset_arguments(clip_actions):
+    with pytest.raises(ValueError, match="`clip_actions` must be True or False, it is"):
+        make_model(dataset_kwargs=dict(clip_actions=clip_actions))
+    with pytest.raises(ValueError, match="`dataset_kwargs` must be a dictionary, it is 'a'"):
+        make_model(dataset_kwargs="a")
+
+
 def test_bad_validation():
     for value in (0, 1, -0.1, 1.5, True):
         with pytest.raises(ValueError, match=r"`validation` must be a dataset, or a fraction between 0 and 1, it is"):
@@ -969,7 +1027,7 @@ def test_bad_arguments():
     for name in ("alpha", "offline_steps", "random_crop"):
         with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
             make_model(**{name: -1})
-        with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
+        with pytest.raises(ValueError, match=f"`{name}` must (not be negative|be an integer)"):
             make_model(**{name: np.nan})
     with pytest.raises(ValueError, match="`offline_steps` needs a `dataset`"):
         make_model(dataset=None, offline_steps=10)

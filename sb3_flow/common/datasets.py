@@ -13,6 +13,7 @@ is made and freed before.
 """
 
 import dataclasses
+import difflib
 import gc
 import re
 import warnings
@@ -31,7 +32,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_flow.common.layouts import describe, find_array, has_role, recognise, stack, warn_of_unknown
-from sb3_flow.common.transitions import DatasetWarning, Transitions, join, map_arrays
+from sb3_flow.common.transitions import DatasetWarning, Transitions, join, map_arrays, named_arrays
 
 
 @contextmanager
@@ -94,6 +95,7 @@ def load_ogbench(name: str, path: str | Path | None = None, need_rewards: bool =
         raise ValueError(f"{name} has no rewards: name a single task of it, e.g. {name.replace('-v0', '-singletask-v0')}")
     else:
         file_name = name
+        _refuse(env_kwargs)
     if path is None:
         ogbench.download_datasets([file_name])
         path = "~/.ogbench/data"
@@ -285,9 +287,16 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
     for prefix, groups in (("data/", inner), ("", data)):
         if isinstance(groups, Mapping):
             # One without actions is not overlooked
-            kinds = {_NUMBER.sub("#", str(name)) for name, group in groups.items() if _has_actions(group)}
+            with_actions = [name for name, group in groups.items() if _has_actions(group)]
+            kinds = {_NUMBER.sub("#", str(name)) for name in with_actions}
             names = [name for name in groups if (kind := _NUMBER.sub("#", str(name))) in kinds and kind.endswith("#")]
             if names:
+                if len(kinds) > 1:
+                    odd = [name for name in with_actions if _NUMBER.sub("#", str(name)) != min(kinds)]
+                    raise ValueError(
+                        f"there are groups with actions of more than one kind, {', '.join(map(repr, sorted(kinds)))} (such as "
+                        f"{odd[0]!r}): give those of one kind, as a list of dictionaries or in a file of their own"
+                    )
                 # (robomimic's mask is a list of names for each split)
                 warn_of_unknown(name for name in {*data, *groups} - {*names, "data", "mask"})
                 return {f"{prefix}{name}": groups[name] for name in sorted(names, key=_natural_order)}, True
@@ -307,36 +316,52 @@ def _parts(data: Mapping[Any, Any]) -> tuple[dict[str, Mapping[Any, Any]], bool]
 _NUMBER = re.compile(r"\d+$")
 
 
-def _natural_order(name: str) -> list[Any]:
+def _natural_order(name: Any) -> list[Any]:
     """demo_2 is before demo_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
 
 
-def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool, need_rewards: bool) -> Transitions:
+def _from_parts(parts: Mapping[str, Mapping[Any, Any]], are_episodes: bool | None, need_rewards: bool) -> Transitions:
     has = {None: "next observations", True: "a final observation", False: "neither next observations nor a final one"}
     transitions: list[Transitions] = []
-    ambiguous, kinds = [], []
+    kinds: list[bool | None] = []
+    ambiguous: dict[str, list[np.ndarray]] = {}
+    dtypes: dict[str, dict[str, str]] = {}
     for name, part in parts.items():
         with _naming(name):
             recognised = recognise(part, are_episodes, need_rewards)
-            ambiguous.append(recognised.ambiguous)
             kinds.append(recognised.has_final_observations)
             if kinds[-1] != kinds[0] and (are_episodes or None not in kinds):
                 raise ValueError(f"it has {has[kinds[-1]]}, and {next(iter(parts))} has {has[kinds[0]]}")
+            for array_name, array in named_arrays("observations", recognised.arrays["observations"]):
+                _check_same_scale(dtypes.setdefault(array_name, {}), array_name, array, name)
             transitions.append(Transitions.from_arrays(**recognised.arrays))
-    result = transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
-    if need_rewards and ambiguous[0] and all(ambiguous):
-        _warn_if_each_end_is_done(result, ambiguous[0])
-    return result
+            if need_rewards and recognised.ambiguous:
+                ambiguous.setdefault(recognised.ambiguous, []).append(transitions[-1].dones[transitions[-1].episode_ends])
+    for name, dones in ambiguous.items():
+        _warn_if_each_end_is_done(name, np.concatenate(dones))
+    return transitions.pop() if len(transitions) == 1 else _join_and_free(transitions)
 
 
-def _warn_if_each_end_is_done(transitions: Transitions, name: str) -> None:
-    dones = transitions.dones[transitions.episode_ends]
+def _check_same_scale(dtypes: dict[str, str], array_name: str, array: Any, part: str) -> None:
+    """Bytes and fractions are not the same, also where both become floating point numbers."""
+    dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    if dtype == "uint8" or dtype.startswith("float"):
+        dtypes.setdefault("uint8" if dtype == "uint8" else "float32", part)
+    if len(dtypes) > 1:
+        first, second = (f"{kind} data in {where}" for kind, where in dtypes.items())
+        raise ValueError(
+            f"Datasets to be concatenated must have the same shapes and dtypes: {array_name} is {first}, {second}"
+        )
+
+
+def _warn_if_each_end_is_done(name: str, dones: np.ndarray) -> None:
+    """Flags of terminations, those where episodes ended."""
     # The last episode may not be over
     if (dones[:-1] if len(dones) > 1 else dones).all():
         warnings.warn(
-            f"{name!r} is all that says where episodes end, and each of them is taken as terminated. If some were truncated, "
-            "say so with 'truncated' or 'timeouts'",
+            f"{name!r} is set wherever an episode ended, and each of them is taken as terminated. If some were truncated, say "
+            "so with 'truncated' or 'timeouts'",
             DatasetWarning,
         )
 
@@ -386,7 +411,7 @@ def from_replay_buffer(buffer: ReplayBuffer) -> Transitions:
         episode_ends=ends,
     )
     if not buffer.handle_timeout_termination:
-        _warn_if_each_end_is_done(transitions, "dones")
+        _warn_if_each_end_is_done("dones", transitions.dones[transitions.episode_ends])
     return transitions
 
 
@@ -417,13 +442,14 @@ def load_dataset(
     :param reward_scale: Factor of all rewards
     :param reward_shift: Added to all rewards after that (-1 for the antmaze datasets of D4RL, as is usual)
     :param need_rewards: Whether there must be rewards. If not, they are zeros where there are none.
-    :param kwargs: For the loader of OGBench
+    :param kwargs: For the environment of a single task of OGBench, see :func:`load_ogbench`
     :return: transitions
     :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it is not a dataset, naming what is missing or wrong
+    :raises ValueError: if it is not a dataset, naming what is missing or wrong, or an argument is not known
     """
     check_reward_arguments(reward_scale, reward_shift)
-    if {"clip_actions", "device", "validation"} & kwargs.keys():
+    _refuse_misspelt(kwargs)
+    if {*_OF_SET_DATASET} & kwargs.keys():
         raise ValueError("`clip_actions`, `device` and `validation` are for `set_dataset()` of an algorithm, which has bounds")
     transitions = _load(dataset, allow_pickle, need_rewards, kwargs)
     if len(transitions) == 0:
@@ -432,6 +458,24 @@ def load_dataset(
         return transitions
     # Not in place: the arrays may be the caller's
     return replace(transitions, rewards=np.float32(reward_scale) * transitions.rewards + np.float32(reward_shift))
+
+
+_OF_SET_DATASET = ("clip_actions", "device", "validation")
+_OF_LOAD_DATASET = ("allow_pickle", "reward_scale", "reward_shift", "need_rewards")
+
+
+def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
+    """What is not known is for the environment of OGBench's tasks, which may take anything."""
+    for name in kwargs.keys() - {*_OF_SET_DATASET}:
+        for close in difflib.get_close_matches(name, _OF_SET_DATASET + _OF_LOAD_DATASET, 1, cutoff=0.7):
+            raise ValueError(f"unknown argument {name!r} (did you mean {close!r}?)")
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise ValueError(
+            f"unknown argument {', '.join(map(repr, kwargs))}: only single tasks of OGBench have others, of their environment"
+        )
 
 
 def check_reward_arguments(reward_scale: Any = 1.0, reward_shift: Any = 0.0) -> None:
@@ -490,17 +534,12 @@ def _load_list(datasets: Sequence[Any], allow_pickle: bool, need_rewards: bool, 
         if _is_transition(mappings[0]):
             return _from_mapping(stack("The list of transitions", mappings), need_rewards)
         if all(_has_actions(mapping) for mapping in mappings):
-            return _from_parts({f"number {number}": part for number, part in enumerate(mappings)}, False, need_rewards)
+            return _from_parts({f"number {number}": part for number, part in enumerate(mappings)}, None, need_rewards)
     parts = []
     for number, dataset in enumerate(datasets):
         with _naming("" if isinstance(dataset, (str, Path)) else f"number {number}"):
             parts.append(_load(dataset, allow_pickle, need_rewards, kwargs))
     return parts[0] if len(parts) == 1 else _join_and_free(parts)
-
-
-def _refuse(kwargs: dict[str, Any]) -> None:
-    if kwargs:
-        raise ValueError(f"{', '.join(map(repr, kwargs))} is for datasets of OGBench, not for this one")
 
 
 def _load_object(dataset: Any, need_rewards: bool) -> Transitions:

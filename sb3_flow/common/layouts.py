@@ -95,7 +95,7 @@ NAMES = (
     Names(
         "discounts",
         ("discount", "discounts"),
-        "Like masks, if they are 0 and 1 and nothing else says where episodes terminate.",
+        "Like masks, if they are 0 and 1, neither of them everywhere, and there are no flags of terminated.",
         "RLDS, dm_env",
     ),
     Names(
@@ -105,23 +105,35 @@ NAMES = (
         "sb3-flow, d3rlpy 1, RLDS, IQL; Diffusion Policy",
     ),
     Names("starts", ("episode_starts", "is_first"), "It is the first row of an episode.", "Stable-Baselines, RLDS"),
+    Names(
+        "lengths",
+        ("episode_lengths", "episode_length"),
+        "The number of rows of each episode, if they are n in all. Else they are not needed.",
+        "gymnasium; own files",
+    ),
     Names("splits", ("indices",), "The number of rows before each episode, but for the first one.", "imitation"),
     Names(
         "episodes",
         ("episode_index", "episode_indices", "episode_id", "episode_ids", "eps_id", "traj_id", "traj_ids", "trajectory_id"),
-        "The number of the episode. It ended where the next row has another one.",
-        "LeRobot, RLlib",
+        "The number or the name of the episode. It ended where the next row has another one.",
+        "LeRobot, RLlib, TorchRL",
+    ),
+    Names(
+        "order",
+        ("frame_index", "timestamp", "timestamps"),
+        "Numbers that do not go down within an episode. Not read if there are next observations.",
+        "LeRobot",
     ),
     Names("valids", ("valids",), "A 0 is a row with nothing but the final observation of an episode.", "OGBench, compact"),
     Names(
         "not needed",
         (
             "infos", "info", "env_infos", "agent_infos", "metadata", "meta", "complementary_info", "env_states", "policy",
-            "qpos", "qvel", "button_states", "success", "is_success", "index", "frame_index", "timestamp", "timestamps",
-            "task_index", "task", "language_instruction", "episode_returns", "episode_lengths", "step_count", "is_init",
-            "columns", "num_episodes", "total_size", "version",
+            "qpos", "qvel", "button_states", "success", "is_success", "index", "task_index", "task", "language_instruction",
+            "episode_returns", "episode_return", "episode_reward", "episode_step", "step_count", "is_init", "agent_index",
+            "unroll_id", "collector", "columns", "num_episodes", "total_size", "version",
         ),
-        "Not read, and neither is what is inside of such a group, but for TimeLimit.truncated.",
+        "Not read, and neither is what is inside of such a group, but for TimeLimit.truncated and collector's traj_ids.",
         "all",
     ),
 )  # fmt: skip
@@ -130,12 +142,19 @@ _ROWS = {name.lower(): row for row in NAMES for name in row.names}
 _OBSERVATIONS = ("observations", "next_observations")
 # Flags of the state that a step starts from, where there are those of the next one
 _OF_THE_START = ("done", "terminated", "truncated")
+# Between the keys of nested observations. PyTorch's modules, which are called like them, cannot have a dot
+_SEPARATOR = "_"
 _TIME_LIMIT = "TimeLimit.truncated"
+# Roles of what says where episodes ended, however they did
+_RECORDED = ("ends", "starts", "lengths", "splits", "episodes", "last")
 
 _LOOKS_LIKE_FLAG = re.compile(
     r"done|termin|trunc|time_?out|time_?limit|absorb|mask|valid|episode|traj|step_?type|discount"
-    r"|(^|[^a-z])(ends?|ended|eo[est]|last|first|finals?|starts?|init|resets?|continues?|cont|finish(ed)?|term)([^a-z]|$)"
+    r"|(^|[^a-z])(ends?|ended|eo[est]|last|first|finals?|starts?|init|resets?|continues?|cont|finish(ed)?|term"
+    r"|dw|game_?over|over|dead|died|alive|stop(s|ped)?|abort(s|ed)?|exit(s|ed)?|completed?|cut_?off|boundary|boundaries"
+    r"|bootstraps?|begins?)([^a-z]|$)"
 )
+_LOOKS_LIKE_NUMBER = re.compile(r"(^|[^a-z])(eps?|episode|traj|trajectory|rollout|demo)s?_?(id|idx|index|num|number|no)s?$")
 _LOOKS_LIKE_NEXT = re.compile("next|new_")
 _CAMEL_CASE = re.compile("(?<=[a-z])(?=[A-Z])")
 
@@ -160,17 +179,27 @@ class Recognised(NamedTuple):
         return len(observations) > len(self.arrays["actions"])
 
 
-def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: bool = True) -> Recognised:
+def recognise(data: Mapping[Any, Any], is_episode: bool | None = False, need_rewards: bool = True) -> Recognised:
     """
     Find out from their names what the arrays of a dataset are.
 
     :param data: Arrays by name, or nested dictionaries of them
-    :param is_episode: Whether it is known to be one episode, which ends in the last row
+    :param is_episode: Whether it is known to be one episode, which ends in the last row. If None, it is one unless it has
+        flags, or next observations.
     :param need_rewards: Whether there must be rewards. If not, they are zeros where there are none.
     :return: the arguments of :meth:`Transitions.from_arrays`
     :raises ValueError: if something is missing, contradicts something else, or is not known and looks like an end flag
     """
     named = _names(data)
+    if _find_in(_ROWS["observations"], named) is not None:
+        # Those of a simulator, beside observations
+        named = {name: value for name, value in named.items() if _row(name) is not _ROWS["next_states"]}
+    elif is_episode and _find("observations", named) is not None:
+        warnings.warn(
+            "The states are taken as observations. Those of robomimic's files are states of its simulator, which policies "
+            "do not have: make observations of them with its dataset_states_to_obs.py",
+            DatasetWarning,
+        )
     observations, next_observations = (_as_observations(role, _find(role, named)) for role in _OBSERVATIONS)
     actions, rewards = _find("actions", named), _find("rewards", named)
     needed = dict(observations=observations, actions=actions) | (dict(rewards=rewards) if need_rewards else {})
@@ -186,11 +215,13 @@ def recognise(data: Mapping[Any, Any], is_episode: bool = False, need_rewards: b
         if "qpos" in named and "terminals" in named and "masks" not in named:
             named["episode_ends"] = named.pop("terminals")
         rewards = np.zeros(n, dtype=np.float32)
-    flags = _Flags(named, n, is_episode)
+    flags = _Flags(named, n, is_episode, next_observations is not None)
     arrays = dict(observations=observations, actions=actions, rewards=rewards, next_observations=next_observations)
     dones, ends = flags.interpret(arrays)
+    if next_observations is None and ends is not None:
+        _check_order(named, ends)
     if need_rewards:
-        flags.warn_of_what_is_missing(dones is not None, next_observations is not None)
+        flags.warn_of_what_is_missing(dones, ends)
     return Recognised(arrays | dict(dones=dones, episode_ends=ends), flags.ambiguous)
 
 
@@ -255,12 +286,14 @@ def _names(data: Mapping[Any, Any]) -> dict[str, Any]:
         inside[name] = value
     if isinstance(named.get("next"), Mapping):
         named |= {f"next.{name}": value for name, value in named.pop("next").items()}
-    if any(f"next.{name}" in named for name in _OF_THE_START):
-        named = {name: value for name, value in named.items() if name not in _OF_THE_START}
+    named = {name: value for name, value in named.items() if name not in _OF_THE_START or f"next.{name}" not in named}
     for name in ("infos", "info", "env_infos"):
         limits = _time_limits(named.get(name))
         if limits is not None:
             named[_TIME_LIMIT] = limits
+    collector = named.get("collector")
+    if isinstance(collector, Mapping) and "traj_ids" in collector:
+        named["traj_ids"] = collector["traj_ids"]
     return named
 
 
@@ -290,25 +323,30 @@ def _part(name: str) -> tuple[str, str] | None:
 
 def _find(role: str, named: Mapping[str, Any]) -> Any:
     """The array with this role, or the group of arrays. None if there is none."""
-    for row in (row for row in NAMES if row.role == role):
-        found = {name: value for name, value in named.items() if _row(name) is row}
-        for name, value in named.items():
-            group, key = _part(name) or ("", "")
-            if group in row.names:
-                parts = found.setdefault(group, _Parts())
-                if not isinstance(parts, _Parts):
-                    raise ValueError(f"{group!r} and {name!r} are both {role}: leave one of them out")
-                parts[key] = value
-        if len(found) > 1:
-            raise ValueError(f"{' and '.join(map(repr, found))} are both {role}: leave one of them out")
-        for value in found.values():
-            # LeRobot's observation.state by itself is a vector
-            return next(iter(value.values())) if isinstance(value, _Parts) and len(value) == 1 else value
+    arrays = (_find_in(row, named) for row in NAMES if row.role == role)
+    return next((array for array in arrays if array is not None), None)
+
+
+def _find_in(row: Names, named: Mapping[str, Any]) -> Any:
+    """The array with one of these names, or the group of arrays. None if there is none."""
+    found = {name: value for name, value in named.items() if _row(name) is row and value is not None}
+    for name, value in named.items():
+        group, key = _part(name) or ("", "")
+        if group in row.names:
+            parts = found.setdefault(group, _Parts())
+            if not isinstance(parts, _Parts):
+                raise ValueError(f"{group!r} and {name!r} are both {row.role}: leave one of them out")
+            _put(group, parts, key.replace(".", _SEPARATOR), value)
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(map(repr, found))} are both {row.role}: leave one of them out")
+    for value in found.values():
+        # LeRobot's observation.state by itself is a vector
+        return next(iter(value.values())) if isinstance(value, _Parts) and len(value) == 1 else value
     return None
 
 
 def _as_observations(name: str, value: Any) -> Any:
-    """An array, or a dictionary of the arrays of all levels of nested ones."""
+    """An array, or a dictionary of the arrays of all levels of nested ones, whose keys are joined."""
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
         if len(value) and isinstance(value[0], Mapping):
             value = stack(name, list(value))
@@ -319,8 +357,18 @@ def _as_observations(name: str, value: Any) -> Any:
     result: dict[str, Any] = {}
     for key, part in value.items():
         inner = _as_observations(f"{name}[{key!r}]", part)
-        result |= {f"{key}.{rest}": array for rest, array in inner.items()} if isinstance(inner, dict) else {str(key): inner}
+        if isinstance(inner, dict):
+            for rest, array in inner.items():
+                _put(name, result, f"{key}{_SEPARATOR}{rest}", array)
+        else:
+            _put(name, result, str(key), inner)
     return result
+
+
+def _put(name: str, result: dict[str, Any], key: str, value: Any) -> None:
+    if key in result:
+        raise ValueError(f"{name} has two arrays that would be called {key!r}: rename one of them")
+    result[key] = value
 
 
 def stack(name: str, rows: Sequence[Any]) -> Any:
@@ -350,7 +398,8 @@ def _n_rows(value: Any) -> int | None:
         return None
     shape = getattr(value, "shape", None)
     if shape is None:
-        return len(value) if hasattr(value, "__len__") else None
+        # (HDF5 has arrays that are empty, and have no shape)
+        return len(value) if hasattr(value, "__len__") and not hasattr(value, "dtype") else None
     return shape[0] if len(shape) else None
 
 
@@ -361,6 +410,11 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
         if _row(name) or _part(name) or not _is_needed(name) or not (n_rows or isinstance(value, Mapping)):
             continue
         words = _CAMEL_CASE.sub("_", name.removeprefix("next.")).lower()
+        if n_rows and _LOOKS_LIKE_NUMBER.search(words):
+            raise ValueError(
+                f"{name!r} is not known, and looks as if it were the number of the episode: name it 'episode_index', or leave "
+                "it out"
+            )
         if n_rows and _LOOKS_LIKE_FLAG.search(words):
             raise ValueError(
                 f"{name!r} is not known, and looks as if it said where episodes end: name it 'terminated', 'truncated' or "
@@ -372,6 +426,21 @@ def _check_unknown(named: Mapping[str, Any], n: int, has_next: bool) -> None:
             )
         unknown.append(name)
     warn_of_unknown(unknown)
+
+
+def _check_order(named: Mapping[str, Any], ends: np.ndarray) -> None:
+    """Following rows are next observations only if they are in the order of time."""
+    for name in [name for name, value in named.items() if has_role(name, "order") and _n_rows(value) == len(ends)]:
+        values = np.asarray(named[name])
+        if values.size == len(ends) and values.dtype.kind in "iufM":
+            values = values.reshape(-1)
+            wrong = (values[1:] < values[:-1]) & ~ends[:-1]
+            if wrong.any():
+                row = int(np.argmax(wrong)) + 1
+                raise ValueError(
+                    f"{name!r} goes down in row {row}, where no episode starts ({values[row - 1]}, {values[row]}): sort the "
+                    "rows by episode and time, and mark where episodes end"
+                )
 
 
 def warn_of_unknown(names: Iterable[str]) -> None:
@@ -392,11 +461,13 @@ class _Flags:
 
     :param named: What is in the dataset
     :param n: Number of rows of the actions
-    :param is_episode: Whether it is one episode, which ends in the last row
+    :param is_episode: Whether it is one episode, which ends in the last row. If None, it is one if there is nothing else.
+    :param has_next: Whether there are next observations
     """
 
-    def __init__(self, named: Mapping[str, Any], n: int, is_episode: bool):
+    def __init__(self, named: Mapping[str, Any], n: int, is_episode: bool | None, has_next: bool):
         self.n = n
+        self._has_next = has_next
         #: Name of the flags of terminations that may include time-outs
         self.ambiguous: str | None = None
         self._is_episode = is_episode
@@ -408,6 +479,7 @@ class _Flags:
             **dict.fromkeys(("terminated", "terminals", "truncated", "dones", "success", "masks", "valids"), self._read),
             "discounts": self._read_discounts,
             "ends": self._read_ends,
+            "lengths": self._read_lengths,
             "starts": self._read_starts,
             "episodes": self._read_episodes,
         }
@@ -419,43 +491,41 @@ class _Flags:
                 if role in self._flags:
                     self._check(role, name, self._flags[role] != flags)
                 self._names[role], self._flags[role] = name, flags
-        if self._is_episode:
+        if self._is_episode or (self._is_episode is None and not self._flags and not has_next):
             self._flags["last"] = self._at(np.array([n - 1]))
 
     def interpret(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
         """
-        :param arrays: Actions, rewards and next observations, if there are any
+        :param arrays: Actions and rewards
         :return: where episodes terminated, and where they ended. None where nothing says so.
         :raises ValueError: if two flags contradict each other
         """
-        flags, has_next = self._flags, arrays["next_observations"] is not None
-        recorded = ("ends", "starts", "splits", "episodes", "last")
+        flags = self._flags
         nowhere = np.zeros(self.n, dtype=bool)
         if "valids" in flags:
-            if has_next:
+            if self._has_next:
                 raise ValueError(f"{self._names['valids']!r} is for datasets without `next_observations`")
             dones = ~flags["masks"] if "masks" in flags else flags.get("terminated")
             return None if dones is None else dones & flags["valids"], ~flags["valids"]
-        if "masks" in flags:
+        masks = flags.get("masks", None if "terminated" in flags else flags.get("discounts"))
+        if masks is not None:
             if "terminated" in flags:
-                self._check("masks", self._names["terminated"], flags["terminated"] == flags["masks"])
-            ends = self._union(*recorded, "terminated", "terminals", "truncated", "dones")
-            return ~flags["masks"], nowhere if ends is None else ends
+                self._check("masks", self._names["terminated"], flags["terminated"] == masks)
+            ends = self._union(*_RECORDED, "terminated", "terminals", "truncated", "dones")
+            ends = nowhere if ends is None else ends
+            return ~masks if "masks" in flags else self._of_the_row_before(~masks, ends, arrays), ends
         if "terminated" in flags or "terminals" in flags:
-            return self._interpret_terminated(arrays, recorded)
+            return self._interpret_terminated(arrays)
         if "dones" in flags:
-            dones, ends = flags["dones"], self._union(*recorded, "truncated")
+            dones, ends = flags["dones"], self._union(*_RECORDED, "truncated")
             if ends is None or not ("ends" in flags or self._is_episode):
                 ends = dones if ends is None else ends | dones
-            if not {"truncated", "success", "ends"} & set(flags):
+            if not {"truncated", "success"} & set(flags):
                 self.ambiguous = self._names["dones"]
             return dones & ~flags.get("truncated", nowhere) & flags.get("success", ~nowhere), ends
-        ends = self._union(*recorded, "truncated")
-        if "discounts" in flags:
-            return ~flags["discounts"], nowhere if ends is None else ends
-        return None, ends
+        return None, self._union(*_RECORDED, "truncated")
 
-    def _interpret_terminated(self, arrays: Mapping[str, Any], recorded: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _interpret_terminated(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         flags, role = self._flags, "terminated" if "terminated" in self._flags else "terminals"
         terminated = flags[role]
         if "terminals" in flags:
@@ -465,30 +535,34 @@ class _Flags:
             self._check(role, self._names["dones"], over != flags["dones"])
         if "ends" in flags:
             self._check(role, self._names["ends"], terminated & ~flags["ends"])
-        ends = self._union(*recorded, role, "truncated", "dones")
+        ends = self._union(*_RECORDED, role, "truncated", "dones")
         assert ends is not None
-        if set(flags) <= {"terminals", "last"}:
+        if not {"terminated", "truncated"} & set(flags):
             self.ambiguous = self._names["terminals"]
-        if self._names[role] == "is_terminal" and arrays["next_observations"] is None:
-            last = ends
-            if not np.any(np.asarray(arrays["actions"])[last]) and not np.any(np.asarray(arrays["rewards"])[last]):
-                # Of RLDS: only the observation counts, and it is the row before that leads to it
-                terminated = np.append(terminated[1:] & last[1:], False) & ~last
+        if self._names[role] == "is_terminal":
+            terminated = self._of_the_row_before(terminated, ends, arrays)
         return terminated, ends
 
-    def warn_of_what_is_missing(self, has_dones: bool, has_next: bool) -> None:
+    def _of_the_row_before(self, terminated: np.ndarray, ends: np.ndarray, arrays: Mapping[str, Any]) -> np.ndarray:
+        """In the last steps of RLDS only the observation counts, and it is the row before that leads to it."""
+        if self._has_next or np.any(np.asarray(arrays["actions"])[ends]) or np.any(np.asarray(arrays["rewards"])[ends]):
+            return terminated
+        return np.append(terminated[1:] & ends[1:], False) & ~ends
+
+    def warn_of_what_is_missing(self, dones: np.ndarray | None, ends: np.ndarray | None) -> None:
         """
-        :param has_dones: Whether it is known where episodes terminated
-        :param has_next: Whether there are next observations
+        :param dones: Where episodes terminated
+        :param ends: Where they ended
         """
-        if not has_dones:
+        if dones is None or ends is None:
             warnings.warn("No flags say where episodes terminated: all of them are taken as truncated", DatasetWarning)
-        elif not has_next and set(self._flags) == {"terminated"}:
-            warnings.warn(
-                f"Beside {self._names['terminated']!r} there are neither next observations nor flags of truncated episodes: "
-                "an episode that was truncated would be taken as one with the next",
-                DatasetWarning,
-            )
+        elif not (self._has_next or self.ambiguous or {*_RECORDED, "truncated", "valids"} & set(self._flags)):
+            if not (ends & ~dones).any():
+                warnings.warn(
+                    f"Beside {', '.join(map(repr, self._names.values()))} there are neither next observations nor flags of "
+                    "truncated episodes: an episode that was truncated would be taken as one with the next",
+                    DatasetWarning,
+                )
 
     def _check(self, role: str, name: str, wrong: np.ndarray) -> None:
         if wrong.any():
@@ -519,27 +593,62 @@ class _Flags:
     def _read_discounts(self, name: str, value: Any) -> np.ndarray | None:
         # Those that are 1 everywhere may be no more than a habit
         discounts = read_column(name, value)
-        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() and not discounts.all() else None
+        return self._read(name, discounts) if np.isin(discounts, (0, 1)).all() and 0 < discounts.mean() < 1 else None
 
     def _read_ends(self, name: str, value: Any) -> np.ndarray:
         counts = np.asarray(as_source(name, value))
-        if counts.ndim == 1 and counts.dtype.kind in "iu" and counts[-1:] == self.n and (np.diff(counts) > 0).all():
-            return self._at(counts - 1)
+        are_flags = len(counts) == self.n and np.isin(counts, (0, 1)).all()
+        if counts.ndim == 1 and counts.dtype.kind in "iu" and not are_flags:
+            return self._read_counts(name, counts)
         return self._read(name, value)
+
+    def _read_counts(self, name: str, counts: np.ndarray) -> np.ndarray:
+        # (Differences of unsigned integers are never negative)
+        counts = np.append(0, counts.astype(np.float64))
+        if counts[-1] != self.n or (counts % 1).any() or not (np.diff(counts) > 0).all():
+            raise ValueError(
+                f"{name!r} must be {self.n} flags, one for each row, or numbers of rows, each larger than the one before, up "
+                f"to {self.n}"
+            )
+        return self._at(counts[1:] - 1)
 
     def _read_starts(self, name: str, value: Any) -> np.ndarray:
         return np.append(self._read(name, value)[1:], True)
 
+    def _read_lengths(self, name: str, value: Any) -> np.ndarray | None:
+        # Of another shape if they are those of gymnasium's statistics
+        if isinstance(value, Mapping) or not _n_rows(value):
+            return None
+        lengths = np.asarray(as_source(name, value))
+        are_integers = lengths.dtype.kind in "iuf" and not (lengths % 1).any() and (lengths > 0).all()
+        return self._at(lengths.reshape(-1).cumsum() - 1) if are_integers and lengths.sum() == self.n else None
+
     def _read_splits(self, name: str, value: Any) -> np.ndarray:
-        counts = np.append(0, np.append(read_column(name, value), self.n))
-        if counts.dtype.kind not in "iuf" or (counts % 1).any() or not (np.diff(counts) > 0).all():
-            raise ValueError(f"{name!r} must be numbers of rows, each larger than the one before, up to {self.n}")
-        return self._at(counts[1:] - 1)
+        counts = read_column(name, value)
+        if counts.dtype.kind not in "iuf":
+            raise ValueError(f"{name!r} must be numbers of rows, not {counts.dtype}")
+        return self._read_counts(name, np.append(counts.astype(np.float64), self.n))
 
     def _read_episodes(self, name: str, value: Any) -> np.ndarray:
-        numbers = read_column(name, value)
+        values = value.to_numpy() if hasattr(value, "to_numpy") else value
+        if isinstance(values, (list, np.ndarray)) and len(values) and isinstance(values[0], (str, bytes)):
+            values = np.asarray(values, dtype=str)
+        numbers = read_column(name, values)
         check_lengths({"actions": self.n, name: len(numbers)})
-        return np.append(numbers[1:] != numbers[:-1], True)
+        last = np.append(numbers[1:] != numbers[:-1], True)
+        found, counts = np.unique(numbers[last], return_counts=True)
+        if (counts > 1).any():
+            message = f"the rows of episode {found[counts > 1][0]} are not together"
+            if not self._has_next:
+                raise ValueError(
+                    f"{name!r}: {message}: sort them by episode and time, or, if the numbers start again in another part of "
+                    "the dataset, give the parts in a list"
+                )
+            warnings.warn(
+                f"{name!r}: {message}: returns of several steps and stacked observations stop where another episode follows",
+                DatasetWarning,
+            )
+        return last
 
     def _at(self, rows: np.ndarray) -> np.ndarray:
         flags = np.zeros(self.n, dtype=bool)

@@ -16,11 +16,19 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_obs_shape
 
+from sb3_flow.common.bounds import middle_and_half_range
+
 Observations = np.ndarray | dict[str, np.ndarray]
 # Memory of a block of rows, in bytes
 BLOCK_SIZE = 2**20
 # Largest difference of two observations that are the same, in units of the largest one
 ROUNDING = 1e-6
+
+
+_HINT = (
+    ". If a row is an episode, or a step of several environments, make a list of dictionaries of them, one for each episode "
+    "or environment"
+)
 
 
 class DatasetWarning(UserWarning):
@@ -169,6 +177,8 @@ def as_source(name: str, source: Any) -> Any:
             f"{name} must be numbers, not object: it is pickled, which can run any code when it is loaded. Save it as "
             "numbers, or trust it with `allow_pickle=True`"
         )
+    if source.shape is None:
+        raise ValueError(f"{name} is empty: it has no shape")
     if len(source.shape) == 0:
         raise ValueError(f"{name} must be an array with a row for each transition, not {source[()]!r}")
     return source
@@ -202,7 +212,8 @@ def _stack_rows(name: str, rows: Sequence[Any]) -> np.ndarray:
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{name} must be numbers, not {array.dtype}: row {number} is a {type(rows[number]).__name__}")
         if array.shape != arrays[0].shape:
-            raise ValueError(f"{name}, row {number}: its shape is {array.shape}, that of row 0 is {arrays[0].shape}")
+            hint = _HINT if array.shape[1:] == arrays[0].shape[1:] else ""
+            raise ValueError(f"{name}, row {number}: its shape is {array.shape}, that of row 0 is {arrays[0].shape}{hint}")
     return np.stack(arrays) if arrays else np.zeros(0)
 
 
@@ -221,7 +232,8 @@ def read_column(name: str, source: Any) -> np.ndarray:
     """
     source = as_source(name, source)
     if int(np.prod(source.shape[1:])) != 1:
-        raise ValueError(f"{name} must be one number for each transition, of shape (n,), not {source.shape}")
+        hint = _HINT if len(source.shape) > 1 else ""
+        raise ValueError(f"{name} must be one number for each transition, of shape (n,), not {source.shape}{hint}")
     return np.asarray(source).reshape(-1)
 
 
@@ -467,6 +479,10 @@ def check_transitions(
         if np.issubdtype(array.dtype, np.floating):
             exempt = transitions.dones == 1 if name.startswith("next_observations") else None
             _check_rows(lambda rows: ~np.isfinite(rows), name, array, "NaN or inf", exempt)
+    if observation_space is not None:
+        for name in ("observations", "next_observations"):
+            exempt = transitions.dones == 1 if name == "next_observations" else None
+            _check_values(name, getattr(transitions, name), observation_space, exempt)
     _check_rows(lambda rows: ~np.isin(rows, (0, 1)), "dones", transitions.dones, "neither 0 nor 1")
     if action_space is not None:
         actions = transitions.actions
@@ -474,8 +490,9 @@ def check_transitions(
             raise ValueError(f"actions of shape {actions.shape[1:]} do not fit the action space of the env, {action_space}")
         if clip_actions:
             return
-        margin = 1e-4 * np.maximum(1.0, np.abs(action_space.high - action_space.low))
-        low, high = action_space.low - margin, action_space.high + margin
+        with np.errstate(over="ignore"):
+            margin = 1e-4 * np.maximum(1.0, 2 * middle_and_half_range(action_space)[1].astype(np.float64))
+            low, high = action_space.low - margin, action_space.high + margin
         what = f"outside of the action space of the env, {action_space}, which `clip_actions=True` clips them to"
         _check_rows(lambda rows: (rows < low) | (rows > high), "actions", actions, what)
 
@@ -483,13 +500,62 @@ def check_transitions(
 def _check_rows(
     is_wrong: Callable[[np.ndarray], np.ndarray], name: str, array: np.ndarray, what: str, exempt: np.ndarray | None = None
 ) -> None:
+    found = _find_row(is_wrong, array, exempt)
+    if found is not None:
+        raise ValueError(f"{name}, row {found}: {what} ({array[found]})")
+
+
+def _find_row(is_wrong: Callable[[np.ndarray], np.ndarray], array: np.ndarray, exempt: np.ndarray | None = None) -> int | None:
+    """The first row with something wrong."""
     for start, rows in blocks(array):
         wrong = is_wrong(rows)
         if exempt is not None and wrong.any():
             wrong[exempt[start : start + len(rows)]] = False
         if wrong.any():
-            row = int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
-            raise ValueError(f"{name}, row {start + row}: {what} ({rows[row]})")
+            return start + int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
+    return None
+
+
+def _check_values(name: str, observations: Observations, space: spaces.Space, exempt: np.ndarray | None) -> None:
+    """Values must be in the space. Those out of the bounds of a Box are no more than a warning, as many bounds are rough."""
+    if isinstance(observations, dict):
+        for key, array in observations.items():
+            _check_values(f"{name}[{key!r}]", array, space[key], exempt)  # type: ignore[index]
+        return
+    if isinstance(space, spaces.Box):
+        _check_box(name, observations, space, exempt)
+        return
+    if isinstance(space, spaces.MultiBinary):
+        low, high = np.zeros(space.shape), np.ones(space.shape)
+    else:
+        assert isinstance(space, (spaces.Discrete, spaces.MultiDiscrete))
+        low = np.asarray(space.start)
+        high = low + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
+    low, high = (np.resize(bound, observations.shape[1:]) for bound in (low, high))
+    what = f"not in the observation space of the env, {space}"
+    _check_rows(lambda rows: (rows < low) | (rows > high) | (rows % 1 != 0), name, observations, what, exempt)
+
+
+def _check_box(name: str, observations: np.ndarray, space: spaces.Box, exempt: np.ndarray | None) -> None:
+    if observations.dtype == space.dtype == np.uint8:
+        return
+    # Stacked ones have the bounds of a single one, several times
+    low, high = (bound[: observations.shape[1]] if bound.ndim else bound for bound in (space.low, space.high))
+    with np.errstate(over="ignore"):
+        margin = 1e-4 * np.maximum(1.0, np.abs(np.where(np.isfinite(high) & np.isfinite(low), high - low, 0.0)))
+        low, high = low - margin, high + margin
+    is_fraction = _find_row(lambda rows: (rows < 0) | (rows > 1), observations, exempt) is None
+    if space.dtype == np.uint8 and is_fraction:
+        what = "a fraction, and the observations of the env are bytes, from 0 to 255"
+        _check_rows(lambda rows: rows % 1 != 0, name, observations, what, exempt)
+    row = _find_row(lambda rows: (rows < low) | (rows > high), observations, exempt)
+    if row is None:
+        return
+    what = f"{name}, row {row}: outside of the observation space of the env, {space} ({observations[row]})"
+    if (space.low >= 0).all() and (space.high <= 1).all():
+        if _find_row(lambda rows: (rows < 0) | (rows > 255) | (rows % 1 != 0), observations, exempt) is None:
+            raise ValueError(f"{what}: they look like bytes, from 0 to 255")
+    warnings.warn(what, DatasetWarning)
 
 
 def _check_shapes(name: str, observations: Observations, space: spaces.Space, n_stack: int) -> None:

@@ -1,7 +1,7 @@
 import io
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
+from sb3_flow.common.bounds import middle_and_half_range
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
 from sb3_flow.common.checks import to_int
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
@@ -199,6 +200,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         self.offline_buffer: OfflineBuffer | None = None
         self.validation_buffer: OfflineBuffer | None = None
         self._has_dataset = False
+        self._has_validation = False
         self._has_default_replay_buffer = replay_buffer_class is None
         self._n_offline_updates = 0
         self._steps_after_offline = 0
@@ -209,6 +211,8 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
     def _check_arguments(self) -> None:
+        if not isinstance(self.dataset_kwargs, Mapping):
+            raise ValueError(f"`dataset_kwargs` must be a dictionary, it is {self.dataset_kwargs!r}")
         check_reward_arguments(**self._reward_arguments)
         check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
         integers = dict(
@@ -281,6 +285,8 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         :param kwargs: Keyword arguments to pass to :func:`sb3_flow.common.datasets.load_dataset`
         :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
         """
+        if not isinstance(clip_actions, (bool, np.bool_)):
+            raise ValueError(f"`clip_actions` must be True or False, it is {clip_actions!r}")
         # The task is the same with another dataset
         kwargs = {name: value for name, value in self.dataset_kwargs.items() if name in REWARD_ARGUMENTS} | kwargs
         options = dict(clip_actions=clip_actions, device=device) | kwargs
@@ -297,7 +303,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
                 raise ValueError(f"`validation`: {error}") from error
             remembered = dataset_name(validation)
         self.offline_buffer, self.validation_buffer = buffer, validation_buffer
-        self._has_dataset = True
+        self._has_dataset, self._has_validation = True, validation is not None
         self.learning_starts = 0
         # Only what can be loaded again is worth remembering
         self.dataset, self.dataset_kwargs = dataset_name(dataset), dict(validation=remembered) | options
@@ -316,10 +322,10 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         check_transitions(transitions, self.observation_space, self.action_space, n_stack, clip_actions)
         # In [-1, 1] inside, as SB3 does, and in single precision. Arrays of the user's own are not touched
         assert isinstance(self.action_space, spaces.Box)
-        low, high = self.action_space.low.astype(np.float32), self.action_space.high.astype(np.float32)
-        actions = np.subtract(transitions.actions, low, out=None if dataset_name(dataset) is None else transitions.actions)
-        actions *= 2 / (high - low)
-        actions -= 1
+        middle, half_range = middle_and_half_range(self.action_space)
+        actions = np.empty_like(transitions.actions) if dataset_name(dataset) is None else transitions.actions
+        np.subtract(transitions.actions, middle, out=actions)
+        actions /= half_range
         np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
         transitions = replace(transitions, actions=actions)
         return OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device)
@@ -327,6 +333,11 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
     def _load_dataset(self) -> None:
         """After a model was loaded, its dataset is."""
         if self.offline_buffer is None and self.dataset is not None:
+            if self._has_validation and self.dataset_kwargs.get("validation") is None:
+                warnings.warn(
+                    "What was held out for validation was given as arrays, which are not saved, or it was left out when the "
+                    "model was loaded: call `set_dataset()` with `validation` to go on logging its losses"
+                )
             try:
                 self.set_dataset(self.dataset, **self.dataset_kwargs)
             except FileNotFoundError as error:
@@ -537,8 +548,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         :return: the trained model
         :raises ValueError: if there is no dataset, or no environment, or an argument is out of its range
         """
-        if gradient_steps < 0:
-            raise ValueError(f"`gradient_steps` must not be negative, it is {gradient_steps}")
+        gradient_steps = to_int("gradient_steps", gradient_steps, at_least=0)
         self._learn_offline(gradient_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
 
@@ -643,8 +653,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         :raises ValueError: if the replay buffer is too small to learn online, or the dataset has no rewards,
             or an argument is out of its range
         """
-        if total_timesteps < 0:
-            raise ValueError(f"`total_timesteps` must not be negative, it is {total_timesteps}")
+        total_timesteps = to_int("total_timesteps", total_timesteps, at_least=0)
         self._load_dataset()
         if total_timesteps > 0 and self._only_clones:
             raise ValueError("With `need_rewards=False` a dataset is only cloned: `learn_offline()` or `learn(0)`, not online")
