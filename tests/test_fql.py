@@ -927,6 +927,11 @@ def test_bad_dataset_arguments(clip_actions):
         make_model(dataset_kwargs="a")
 
 
+def test_loaded_without_arguments_of_the_dataset(tmp_path):
+    make_model().save(tmp_path / "model.zip")
+    assert FQL.load(tmp_path / "model.zip", dataset=None, dataset_kwargs=None).dataset_kwargs == {}
+
+
 def test_bad_validation():
     for value in (0, 1, -0.1, 1.5, True):
         with pytest.raises(ValueError, match=r"`validation` must be a dataset, or a fraction between 0 and 1, it is"):

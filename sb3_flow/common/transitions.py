@@ -25,6 +25,7 @@ BLOCK_SIZE = 2**20
 ROUNDING = 1e-6
 
 
+# What arrays with a dimension too many may be
 _HINT = (
     ". If a row is an episode, or a step of several environments, make a list of dictionaries of them, one for each episode "
     "or environment"
@@ -537,15 +538,15 @@ def _check_values(name: str, observations: Observations, space: spaces.Space, ex
 
 
 def _check_box(name: str, observations: np.ndarray, space: spaces.Box, exempt: np.ndarray | None) -> None:
-    if observations.dtype == space.dtype == np.uint8:
+    is_bounded = np.isfinite(space.low).any() or np.isfinite(space.high).any()
+    if observations.dtype == space.dtype == np.uint8 or not is_bounded:
         return
     # Stacked ones have the bounds of a single one, several times
     low, high = (bound[: observations.shape[1]] if bound.ndim else bound for bound in (space.low, space.high))
     with np.errstate(over="ignore"):
         margin = 1e-4 * np.maximum(1.0, np.abs(np.where(np.isfinite(high) & np.isfinite(low), high - low, 0.0)))
         low, high = low - margin, high + margin
-    is_fraction = _find_row(lambda rows: (rows < 0) | (rows > 1), observations, exempt) is None
-    if space.dtype == np.uint8 and is_fraction:
+    if space.dtype == np.uint8 and _find_row(lambda rows: (rows < 0) | (rows > 1), observations, exempt) is None:
         what = "a fraction, and the observations of the env are bytes, from 0 to 255"
         _check_rows(lambda rows: rows % 1 != 0, name, observations, what, exempt)
     row = _find_row(lambda rows: (rows < low) | (rows > high), observations, exempt)

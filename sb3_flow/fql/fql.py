@@ -211,6 +211,8 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
     def _check_arguments(self) -> None:
+        if self.dataset_kwargs is None:
+            self.dataset_kwargs = {}
         if not isinstance(self.dataset_kwargs, Mapping):
             raise ValueError(f"`dataset_kwargs` must be a dictionary, it is {self.dataset_kwargs!r}")
         check_reward_arguments(**self._reward_arguments)
