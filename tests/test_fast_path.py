@@ -569,6 +569,9 @@ def test_values_are_the_same_everywhere(activation_fn, vf, share, change, interv
     rng = np.random.default_rng(seed)
     kwargs = dict(features_extractor_class=LearnedExtractor, share_features_extractor=share)
     policy = make_policy(net_arch=dict(pi=[6], vf=vf), activation_fn=activation_fn, **kwargs)
+    # (also the last bias: units may be dead)
+    for module in (policy.mlp_extractor, policy.value_net):
+        randomize(module, rng)
     before = check_values(policy)
     for module in (policy.mlp_extractor, policy.value_net):
         change(module, rng)
