@@ -12,7 +12,7 @@ STEPS ?= 300000
 LOGS ?= logs
 # A CPU is faster than a GPU for networks of this size
 DEVICE ?= cpu
-# make train RESUME=1 goes on from the last checkpoint of the latest run
+# make train RESUME=1 goes on with the latest run, up to its own number of steps
 RESUME ?=
 
 # A virtual environment with all that the targets below need
@@ -27,8 +27,8 @@ install: $(BIN)/sb3-flow
 
 # One thread is faster than several for networks of this size
 train: install
-	$(BIN)/sb3-flow train --algo $(ALGO) --env $(ENV) --n-timesteps $(STEPS) --log-folder $(LOGS) --num-threads 1 \
-		--device $(DEVICE) --progress $(if $(RESUME),--resume)
+	$(BIN)/sb3-flow train --algo $(ALGO) --env $(ENV) $(if $(RESUME),--resume,--n-timesteps $(STEPS)) --log-folder $(LOGS) \
+		--num-threads 1 --device $(DEVICE) --progress
 	$(BIN)/sb3-flow evaluate --algo $(ALGO) --env $(ENV) --folder $(LOGS)
 
 # One thread for each of the two workers: more wait for each other

@@ -10,7 +10,7 @@ extras = {
     "dmc": ["shimmy[dm-control]>=2.0.1,<3", "dm_control<=1.0.50", "mujoco>=3.17,<4"],
     "box2d": ["gymnasium[box2d]"],
     # rl-zoo3 needs pandas at the end of an optimisation, plotly for its figures, and moviepy and pygame for videos
-    "zoo": ["rl_zoo3>=2.9.0,<3", "optuna>=4.9", "pandas", "plotly", "tqdm", "rich", "moviepy", "pygame-ce"],
+    "zoo": ["rl_zoo3>=2.9.0,<3", "optuna>=4.9", "filelock", "pandas", "plotly", "tqdm", "rich", "moviepy", "pygame-ce"],
     # A search of several machines
     "postgresql": ["psycopg[binary]>=3"],
     "solvers": ["torchdiffeq"],

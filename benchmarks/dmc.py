@@ -53,6 +53,21 @@ def is_current(result: dict[str, Any]) -> bool:
     return result["hyperparameters"] == hyperparameters(result["algo"], result["env"])
 
 
+def is_of_former_code(result: dict[str, Any]) -> bool:
+    """
+    Whether a result is one of the hyperparameters that had the effect of those of now. Up to commit baea80a ``ent_coef`` acted
+    at about twice its value, and a new policy had 0.88 times the standard deviation that ``action_scale`` says.
+    """
+    if result["algo"] != "fpo":
+        return False
+    block = hyperparameters("fpo", result["env"])
+    policy_kwargs = block["policy_kwargs"].replace("action_scale=0.26", "action_scale=0.3")
+    former = dict(
+        ent_coef=block["ent_coef"] / 2, policy_kwargs=policy_kwargs.replace("action_scale=0.76", "action_scale=0.86")
+    )
+    return result["hyperparameters"] == {**block, **former}
+
+
 def is_done(algo: str, env_id: str, seed: int, steps: int) -> bool:
     """Whether there is a result, of these steps and hyperparameters."""
     file = result_file(algo, env_id, seed, steps)

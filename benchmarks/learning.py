@@ -10,7 +10,7 @@ Settings:
   fpo-wide    the same, with action_scale=1: exploration as wide as that of a standard normal
   ppo         PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate,
               entropy coefficient, normalization and networks (2×64 where it names none); clip range 0.2
-  ppo-narrow  PPO again, with exploration as narrow as FPO's with action_scale=0.3: log_std_init=-1.2
+  ppo-narrow  PPO again, with exploration about as narrow as FPO's: log_std_init=-1.2, a standard deviation of 0.3
   ppo-zoo     PPO with the tuned hyperparameters of rl-zoo3 (those of the v4 task where it has none for v5)
 """
 
@@ -38,7 +38,7 @@ def hyperparameters(setting: str, env_id: str) -> dict:
     if setting == "fpo":
         return block
     if setting == "fpo-wide":
-        return {**block, "policy_kwargs": block.get("policy_kwargs", "dict()").replace(", action_scale=0.3", "")}
+        return {**block, "policy_kwargs": re.sub(r", action_scale=[\d.]+", "", block.get("policy_kwargs", "dict()"))}
     if setting in ("ppo", "ppo-narrow"):
         geometry = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda",
                     "learning_rate", "ent_coef", "normalize", "env_wrapper")  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from dmc import ALGOS, DMC, MUJOCO, RESULTS, STEPS, is_current
+from dmc import ALGOS, DMC, MUJOCO, RESULTS, STEPS, is_current, is_of_former_code
 from learning import RESULTS as LEARNING_RESULTS
 from rliable import library, metrics
 from runs import N_EVAL_EPISODES, ROOT
@@ -29,7 +29,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def load(tasks: list[str]) -> Runs:
-    """Results by task and algorithm with the hyperparameters of now, of tasks and seeds that both algorithms have."""
+    """Results by task and algorithm with what has the effect of today's hyperparameters, of tasks and seeds that both have."""
     runs: Runs = {}
     for env_id in tasks:
         by_seed = {
@@ -37,7 +37,7 @@ def load(tasks: list[str]) -> Runs:
                 result["seed"]: result
                 for file in sorted(RESULTS.glob(f"{env_id.split('/')[-1]}-{algo}-seed*.json"))
                 for result in [json.loads(file.read_text())]
-                if is_current(result)
+                if is_current(result) or is_of_former_code(result)
             }
             for algo in ALGOS
         }
@@ -238,6 +238,7 @@ def main() -> None:
         parser.error("no task has results of both algorithms, with the same seed and the hyperparameters of now")
     results = [result for task in [*dmc.values(), *mujoco.values()] for runs in task.values() for result in runs]
     versions, hardware = results[0]["versions"], sorted({result["hardware"] for result in results})
+    n_former = sum(map(is_of_former_code, results))
     n_dirty = sum(result["commit"].endswith("-dirty") for result in results)
     page = "\n".join(
         [
@@ -252,8 +253,12 @@ def main() -> None:
             "steps (``benchmarks/tune.py``), where PPO's were the best of 12 trials and FPO's the best of 8, and then by",
             f"hand, with single runs of up to 1,000,000 steps: {tuned_by_hand(DMC)}, finished ones. What",
             "FPO and PPO have in common has the same values, but for ``vf_coef`` (0.25 and 0.5, their defaults), and for",
-            "``ent_coef`` on cartpole-balance (0.03 and 0.01). On MuJoCo FPO differs from that in the width of exploration,",
-            f"the entropy coefficient and the discount, chosen with seed 1000: {tuned_by_hand(MUJOCO)}.",
+            "``ent_coef``, which acted at about twice its value in FPO (0.01, and 0.03 on cartpole-balance; PPO 0.01). On",
+            "MuJoCo FPO differs from that in the width of exploration, the entropy coefficient and the discount, chosen with",
+            f"seed 1000: {tuned_by_hand(MUJOCO)}.",
+            "",
+            f"{n_former} runs of FPO are of the code up to commit baea80a, with half the ``ent_coef`` and 1.14 times the",
+            "``action_scale`` of today's ``hyperparams/fpo.yml``, which have the same effect there.",
             "",
             *sections,
             "To replicate (interrupted, it goes on where it stopped):",

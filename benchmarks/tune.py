@@ -38,9 +38,9 @@ FIRST_TRIAL = {
     "gamma": 0.995,
     "clip_range": 0.2,
     "clip_schedule": "",
-    "exploration_std": 0.86,
+    "exploration_std": 0.76,
     "net_arch": "2x64",
-    "ent_coef": 0.01,
+    "ent_coef": 0.02,
     "ortho_init": True,
 }
 
@@ -67,7 +67,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         n_epochs=n_epochs,
         learning_rate=f"lin_{learning_rate:.1e}",
         gamma=gamma,
-        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.003, 0.01, 0.03]),
+        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.006, 0.02, 0.06]),
         clip_range=f"lin_{clip_range}" if clip_schedule else float(clip_range),
     )
     ortho_init = trial.suggest_categorical("ortho_init", [False, True])

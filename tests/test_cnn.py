@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage, is_vecenv_wrapped
+from torch.nn import functional as F
 
 from sb3_flow import FPO, FQL
 from sb3_flow.common.networks import ImpalaCNN
@@ -92,3 +94,23 @@ def test_impala():
     x = th.zeros(1, 1, 4, 4)
     x[0, 0, 0, 0], x[0, 0, 3, 3] = 1, 2
     assert pool(x)[0, 0].tolist() == [[1, 0], [0, 2]]
+
+
+@pytest.mark.parametrize("size", [(1, 5), (64, 64), (63, 50), (96, 17)])
+def test_impala_cnn_halves_sizes_rounded_up(size):
+    """As JAX pads ("SAME"): the pixels at the borders, too, reach the features."""
+    space = spaces.Box(0, 255, (3, *size), np.uint8)
+    encoder = ImpalaCNN(space, features_dim=8)
+    height, width = (-(-side // 8) for side in size)
+    assert encoder.linear[0].in_features == 32 * height * width
+    images = th.rand(2, 3, *size)
+    # The windows of the first stage, from their definition
+    convolution, pooling = encoder.cnn[0], encoder.cnn[1]
+    with th.no_grad():
+        x = convolution(images)
+        total = [max((-(-side // 2) - 1) * 2 + 3 - side, 0) for side in size]
+        before = [pad // 2 for pad in total]
+        (top, left), (bottom, right) = before, [pad - first for pad, first in zip(total, before, strict=True)]
+        padded = F.pad(x, (left, right, top, bottom), value=-th.inf)
+        assert th.equal(pooling(x), F.max_pool2d(padded, 3, stride=2))
+        assert encoder(images).shape == (2, 8)

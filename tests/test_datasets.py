@@ -2,7 +2,11 @@
 
 import os
 import pickle
+import time
 import tracemalloc
+import warnings
+from collections import namedtuple
+from pathlib import Path
 from typing import ClassVar
 
 import gymnasium as gym
@@ -16,7 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTran
 from sb3_flow import FQL
 from sb3_flow.common.buffers import OfflineBuffer
 from sb3_flow.common.datasets import from_replay_buffer, load_dataset
-from sb3_flow.common.transitions import Transitions, check_transitions
+from sb3_flow.common.layouts import NAMES
+from sb3_flow.common.transitions import DatasetWarning, Transitions, check_transitions
 
 needs_data = pytest.mark.skipif(
     "SB3_FLOW_DATA" not in os.environ, reason="SB3_FLOW_DATA, a folder of OGBench files, is not set"
@@ -174,7 +179,7 @@ def test_replay_buffer(tmp_path, full):
 
     with open(tmp_path / "other.pkl", "wb") as file:
         pickle.dump({}, file)
-    with pytest.raises(ValueError, match="must hold a replay buffer, not a dict"):
+    with pytest.raises(ValueError, match="has no 'observations', 'actions'"):
         load_dataset(tmp_path / "other.pkl", allow_pickle=True)
     with open(tmp_path / "buffer.pkl", "wb") as file:
         pickle.dump(buffer, file)
@@ -266,11 +271,192 @@ def test_ends_are_found():
     arrays["observations"] = arrays["observations"] + np.repeat(np.arange(4), 5)[:, None]
     arrays["next_observations"] = arrays["observations"] + np.float32(0.1)
     arrays["next_observations"][:-1][~arrays["episode_ends"][:-1]] = arrays["observations"][1:][~arrays["episode_ends"][:-1]]
+    some = np.isin(np.arange(20), (9, 19))
     for dictionary in (False, True):
         if dictionary:
             arrays |= {name: {"a": arrays[name], "b": arrays[name]} for name in ("observations", "next_observations")}
-        without = {name: array for name, array in arrays.items() if name != "episode_ends"}
-        assert load_dataset(without).episode_ends.tolist() == arrays["episode_ends"].tolist()
+        for others in ({}, {"episode_ends": some}, {"timeouts": some}):
+            without = {name: array for name, array in arrays.items() if name != "episode_ends"} | others
+            assert load_dataset(without).episode_ends.tolist() == arrays["episode_ends"].tolist()
+
+
+def test_ends_are_found_if_some_are_marked():
+    """Neither returns of several steps nor stacked observations reach into the next episode."""
+    rows = np.arange(40)
+    observations = np.where(rows % 10 == 0, 0.0, rows)[:, None] + 1
+    arrays = dict(
+        observations=observations, actions=np.zeros((40, 1)), rewards=rows, next_observations=rows[:, None] + 2,
+        terminals=np.zeros(40), timeouts=np.isin(rows, (19, 39)),
+    )  # fmt: skip
+    transitions = load_dataset(arrays)
+    assert np.flatnonzero(transitions.episode_ends).tolist() == [9, 19, 29, 39]
+    buffer = OfflineBuffer(transitions, n_steps=3, gamma=1.0, n_stack=2)
+    rewards, last, _ = buffer._n_step_returns(th.tensor([8]))
+    assert rewards.tolist() == [8 + 9] and last.tolist() == [9]
+    assert buffer._previous_rows(th.tensor([10, 11]))[0].tolist() == [-1, 10]
+
+
+@pytest.mark.filterwarnings("error")
+def test_rounding_is_no_end():
+    rng = np.random.default_rng(0)
+    following = rng.normal(size=(200, 3)).cumsum(axis=0)
+    arrays = dict(
+        observations=np.vstack([np.zeros((1, 3)), following[:-1]]).astype(np.float32), actions=np.zeros((200, 1)),
+        rewards=np.zeros(200), next_observations=following, terminated=np.zeros(200), truncated=np.zeros(200),
+    )  # fmt: skip
+    assert np.flatnonzero(load_dataset(arrays).episode_ends).tolist() == [199]
+    following[99, 2] = np.nan
+    arrays["observations"][100, 2] = np.nan
+    assert np.flatnonzero(load_dataset(arrays).episode_ends).tolist() == [199]
+
+
+def test_shuffled_rows():
+    order = np.random.default_rng(0).permutation(20)
+    with pytest.warns(DatasetWarning, match="are the rows shuffled"):
+        transitions = load_dataset({name: array[order] for name, array in make_arrays().items()})
+    assert transitions.episode_ends.mean() > 0.9
+
+
+# --- Names
+
+
+def make_flags(*rows):
+    return np.isin(np.arange(20), rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dones", "warns"),
+    [
+        # SB3's dones include time-outs, which stand beside them
+        (dict(dones=make_flags(4, 9, 14, 19), timeouts=make_flags(9, 19)), [4, 14], False),
+        (dict(dones=make_flags(4, 9, 14, 19), infos={"TimeLimit.truncated": make_flags(9, 19)}), [4, 14], False),
+        ({"done": make_flags(4, 9, 14, 19), "infos/TimeLimit.truncated": make_flags(9, 19)}, [4, 14], False),
+        # Or they may do so, but say nothing of it
+        (dict(dones=make_flags(4, 9, 14, 19)), [4, 9, 14, 19], True),
+        (dict(terminals=make_flags(4, 9, 14, 19)), [4, 9, 14, 19], True),
+        # There are other ends than these, so that they are no time-outs
+        (dict(dones=make_flags(4, 14)), [4, 14], False),
+        (dict(terminated=make_flags(4, 14)), [4, 14], False),
+        # Both at once: the episode terminated
+        (dict(terminated=make_flags(4, 14), truncated=make_flags(4, 9, 19)), [4, 14], False),
+        (dict(terminals=make_flags(4, 14), timeouts=make_flags(4, 9, 19)), [4, 14], False),
+        (dict(terminated=make_flags(4), done=make_flags(4, 9, 14, 19)), [4], False),
+        # Tasks that go on after success
+        (dict(masks=1 - make_flags(7), terminals=make_flags(4, 9, 14, 19)), [7], False),
+        (dict(dones=make_flags(7), episode_ends=make_flags(4, 9, 14, 19)), [7], False),
+        # They only end
+        (dict(truncations=make_flags(4, 9, 14, 19)), [], True),
+        (dict(episode_starts=make_flags(0, 5, 10, 15)), [], True),
+        (dict(episode_index=np.arange(20) // 5), [], True),
+        ({"next.done": make_flags(4, 9, 14, 19), "next.success": make_flags(4)}, [4], False),
+        (dict(episode_ends=np.array([5, 10, 15, 20]), terminated=make_flags(4)), [4], False),
+        # Nothing at all
+        ({}, [], True),
+        # dm_env's; those that are always 1 say nothing
+        (dict(discount=1 - make_flags(4)), [4], False),
+        (dict(discount=np.ones(20)), [], True),
+        (dict(is_terminal=make_flags(4), is_last=make_flags(4, 9, 14, 19), discount=np.full(20, 0.99)), [4], False),
+    ],
+)
+def test_what_terminates(flags, dones, warns):
+    arrays = make_arrays()
+    del arrays["dones"], arrays["episode_ends"]
+    arrays["observations"] = arrays["observations"] + np.repeat(np.arange(4), 5)[:, None]
+    arrays["next_observations"] = arrays["next_observations"] + np.repeat(np.arange(4), 5)[:, None]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transitions = load_dataset(arrays | flags)
+    assert np.flatnonzero(transitions.dones).tolist() == dones
+    assert np.flatnonzero(transitions.episode_ends).tolist() == [4, 9, 14, 19]
+    assert len(caught) == warns
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(terminated=make_flags(4), dones=make_flags(9)), "'terminated' and 'dones' contradict .* in row 4"),
+        (dict(terminated=make_flags(4), truncated=make_flags(9), done=make_flags(4, 19)), "contradict .* in row 9"),
+        (dict(terminated=make_flags(4), terminals=make_flags(4, 9)), "contradict each other, first in row 9"),
+        (dict(terminated=make_flags(4), terminations=make_flags(9)), "'terminated' and 'terminations' contradict"),
+        (dict(terminated=make_flags(4), masks=np.ones(20)), "'masks' and 'terminated' contradict each other, first in row 4"),
+        (dict(terminals=make_flags(4), episode_terminals=make_flags(9)), "contradict each other, first in row 4"),
+        (dict(dones=make_flags(4), done=make_flags(9)), "'dones' and 'done' contradict each other, first in row 4"),
+        (dict(masks=make_flags(4) * 0.5), r"masks, row 4: neither 0 nor 1 \(0.5\)"),
+        (dict(truncated=np.full(20, np.nan)), r"truncated, row 0: neither 0 nor 1 \(nan\)"),
+        (dict(truncated=make_flags(4)[1:]), r"same length, they have \{'actions': 20, 'truncated': 19\}"),
+        (dict(valids=make_flags(4)), "'valids' is for datasets without `next_observations`"),
+        (dict(obs=np.zeros((20, 3))), "'observations' and 'obs' are both observations"),
+        *[
+            ({name: make_flags(4)}, f"{name!r} is not known, and looks as if it said where episodes end")
+            for name in ("is_done", "terminal_flag", "trunc", "time_out", "end", "isLast", "absorbing", "mask", "valid_mask",
+                         "episode_over", "final", "step_type", "dones_mask", "eos", "TERMINAL_STATE", "resets")
+        ],
+    ],
+)  # fmt: skip
+def test_flags_are_not_guessed(flags, message):
+    arrays = make_arrays()
+    del arrays["dones"], arrays["episode_ends"]
+    with pytest.raises(ValueError, match=message):
+        load_dataset(arrays | flags)
+
+
+def test_unknown_names():
+    arrays = make_arrays() | {
+        "skill": np.zeros(20),
+        "goals": {"a": np.zeros(20)},
+        "qpos": np.zeros(20),
+        "note": "hello",
+        "fps": 30,
+    }
+    with pytest.warns(DatasetWarning, match=r"^Not known, and not read: 'goals', 'skill'$"):
+        load_dataset(arrays)
+    arrays["nextobs"] = arrays.pop("next_observations")
+    with pytest.raises(ValueError, match="'nextobs' is not known, and looks as if it were 'next_observations'"):
+        load_dataset(arrays)
+
+
+def test_warnings_name_the_file_once(tmp_path):
+    h5py = pytest.importorskip("h5py", reason='needs pip install "sb3-flow[offline]"')
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        for number in (2, 10, 1):
+            for name in ("obs/a", "actions", "rewards", "dones", "skill"):
+                file[f"data/demo_{number}/{name}"] = np.full((5, 1), number)
+            file[f"data/demo_{number}/dones"][:] = [[0], [0], [0], [0], [1]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transitions = load_dataset(tmp_path / "data.hdf5")
+    said = sorted(str(warning.message) for warning in caught)
+    assert len(said) == 2 and all(text.startswith(f"{tmp_path / 'data.hdf5'}: ") for text in said)
+    assert "'dones' is all that says where episodes end" in said[0] and "not read: 'skill'" in said[1]
+    assert transitions.rewards.tolist() == [1] * 5 + [2] * 5 + [10] * 5
+    with h5py.File(tmp_path / "data.hdf5", "a") as file:
+        del file["data/demo_2/actions"]
+    with pytest.raises(
+        ValueError, match=r"data\.hdf5: data/demo_2: it has no 'actions' .* it has the arrays 'dones', 'rewards', "
+    ):
+        load_dataset(tmp_path / "data.hdf5")
+
+
+def test_table_of_the_documentation():
+    """The table of the guide is the one of the code."""
+    lines = [
+        ".. list-table::",
+        "    :header-rows: 1",
+        "    :widths: 30 45 25",
+        "",
+        "    * - Names",
+        "      - Meaning",
+        "      - Written by",
+    ]
+    for row in NAMES:
+        lines += [
+            f"    * - {', '.join(f'``{name}``' for name in row.names)}",
+            f"      - {row.meaning}",
+            f"      - {row.written_by}",
+        ]
+    table = "\n".join(lines)
+    page = (Path(__file__).parents[1] / "docs" / "guide" / "own_data.rst").read_text(encoding="utf-8")
+    assert table in page, f"docs/guide/own_data.rst must have this table:\n{table}"
 
 
 def test_masks_of_ogbench_in_memory():
@@ -285,6 +471,203 @@ def test_masks_of_ogbench_in_memory():
     buffer = OfflineBuffer(transitions, n_steps=3, gamma=0.9)
     rewards, last, _ = buffer._n_step_returns(th.tensor([6]))
     assert last.tolist() == [7] and np.allclose(rewards, 6 + 0.9 * 7)
+
+
+def make_inputs():
+    arrays = make_arrays()
+    arrays["observations"], arrays["next_observations"] = (
+        np.round(arrays[name], 2) for name in ("observations", "next_observations")
+    )
+    steps = [{name: array[row] for name, array in arrays.items()} for row in range(20)]
+    Step = namedtuple("Step", arrays)
+    structured = np.zeros(20, dtype=[(name, array.dtype, array.shape[1:]) for name, array in arrays.items()])
+    for name, array in arrays.items():
+        structured[name] = array
+    return arrays, {
+        "tensors": {name: th.tensor(array, requires_grad=array.dtype == np.float32) for name, array in arrays.items()},
+        "lists": {name: array.tolist() for name, array in arrays.items()},
+        "lists of tensors": {name: [th.tensor(row) for row in array] for name, array in arrays.items()},
+        "arrays of objects": {name: np.array([*map(list, array), None], dtype=object)[:-1] if array.ndim > 1 else array
+                              for name, array in arrays.items()},
+        "structured array": structured,
+        "transitions": steps,
+        "transitions of tensors": [{name: th.as_tensor(value) for name, value in step.items()} for step in steps],
+        "named tuples": [Step(**step) for step in steps],
+        "episodes": [{name: array[start : start + 5] for name, array in arrays.items()} for start in range(0, 20, 5)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", make_inputs()[1])
+def test_other_inputs(kind):
+    arrays, inputs = make_inputs()
+    assert_same(load_dataset(inputs[kind]), arrays)
+
+
+def test_tables():
+    pandas = pytest.importorskip("pandas", reason='needs pip install "sb3-flow[zoo]"')
+    arrays = make_arrays()
+    table = pandas.DataFrame({name: list(array) if array.ndim > 1 else array for name, array in arrays.items()})
+    assert_same(load_dataset(table), arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(observations=3.0), r"observations must be an array with a row for each transition, not np\.float64\(3\.0\)"),
+        (dict(observations="data"), "observations must be an array with a row for each transition, not .*'data'"),
+        (dict(actions={"left": np.zeros((20, 1))}), "actions must be an array, not a dictionary with the keys 'left'"),
+        (dict(actions=[[1.0, 2.0]] * 19 + [[1.0]]), r"actions, row 19: its shape is \(1,\), that of row 0 is \(2,\)"),
+        (dict(actions=[[1.0, 2.0]] * 19 + [None]), "actions must be numbers, not object: row 19 is a NoneType"),
+        (dict(actions=np.zeros((20, 2), dtype=complex)), "actions must be numbers, not complex128"),
+        (dict(rewards=np.zeros((20, 2))), r"rewards must be one number for each transition, of shape \(n,\), not \(20, 2\)"),
+        (dict(rewards=np.zeros(20, dtype="timedelta64[s]")), "rewards must be numbers, not timedelta64"),
+        (dict(rewards=np.ma.masked_equal(np.arange(20), 3)), "rewards has masked rows"),
+        (dict(observations={}), "observations is an empty dictionary"),
+        (dict(next_observations=np.zeros((20, 4))), r"observations and next_observations must be the same, .*\(3,\) .*\(4,\)"),
+        (dict(next_observations={"a": np.zeros((20, 3))}), r"There is observations, but no next_observations"),
+        (
+            dict(observations={"a": np.zeros(20), "b": np.zeros(20)}, next_observations={"a": np.zeros(20)}),
+            r"There is observations\['b'\], but no next_observations\['b'\]",
+        ),
+        (
+            dict(observations=np.zeros((20, 3, 4, 4), dtype=np.uint8), next_observations=np.zeros((20, 3, 4, 4))),
+            "observations and next_observations must be the same, not uint8 .* and float32",
+        ),
+        (dict(observations=np.zeros((23, 3)), next_observations=None), r"may have one row more for each episode, 24 in all"),
+        ({name: np.zeros((0, 1)) for name in make_arrays()}, "empty"),
+    ],
+)
+def test_bad_arrays_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset(make_arrays() | change)
+
+
+def test_bad_parts_are_named():
+    arrays, inputs = make_inputs()
+    steps, episodes = inputs["transitions"], inputs["episodes"]
+    with pytest.raises(ValueError, match="The list of transitions, row 7: there is no 'rewards', which other rows have"):
+        load_dataset([*steps[:7], {name: steps[7][name] for name in steps[7] if name != "rewards"}, *steps[8:]])
+    with pytest.raises(ValueError, match=r"observations, row 7: its shape is \(2,\), that of row 0 is \(3,\)"):
+        load_dataset([*steps[:7], steps[7] | dict(observations=np.zeros(2)), *steps[8:]])
+    with pytest.raises(ValueError, match=r"number 2: The arrays of a dataset must have the same length, .*'rewards': 4"):
+        load_dataset([*episodes[:2], episodes[2] | dict(rewards=np.zeros(4)), episodes[3]])
+    with pytest.raises(
+        ValueError, match=r"actions is float32 of shape \(2,\) in number 0, float32 of shape \(3,\) in number 3"
+    ):
+        load_dataset([*episodes[:3], episodes[3] | dict(actions=np.zeros((5, 3)))])
+    # An episode that lacks its final observation
+    long = [{"obs": np.zeros((6, 3)), "acts": np.zeros((5, 2)), "rews": np.zeros(5), "terminal": True} for _ in range(3)]
+    long[1]["obs"] = np.zeros((5, 3))
+    with pytest.raises(
+        ValueError, match="number 1: it has neither next observations nor a final one, and number 0 has a final"
+    ):
+        load_dataset(long)
+    with pytest.raises(ValueError, match="number 1: A dataset cannot be a int"):
+        load_dataset([arrays, 3])
+
+
+def test_joined_images_are_of_one_kind():
+    """Bytes, and the same in [0, 1], are not the same."""
+    parts = [make_arrays() | {name: np.ones((20, 3, 4, 4), dtype=dtype) for name in ("observations", "next_observations")}
+             for dtype in (np.uint8, np.float32)]  # fmt: skip
+    for some in (parts, parts[::-1], [load_dataset(part) for part in parts]):
+        with pytest.raises(
+            ValueError, match=r"observations is (uint8|float32) .* in number 0, (uint8|float32) .* in number 1"
+        ):
+            load_dataset(some)
+
+
+class Trap:
+    """Sets a flag if it is unpickled."""
+
+    sprung = False
+
+    def __reduce__(self):
+        return setattr, (Trap, "sprung", True)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    path = tmp_path / "data.npz"
+    rows = np.array([*map(list, make_arrays()["observations"]), None], dtype=object)[:-1]
+    np.savez(path, **make_arrays() | dict(infos=np.array([Trap()] * 20, dtype=object)))
+    # What is not needed is not looked at
+    assert_same(load_dataset(path), make_arrays())
+    np.savez(path, **make_arrays() | dict(observations=rows))
+    with pytest.raises(
+        ValueError, match=r"data\.npz: observations must be numbers, not object: it is pickled, .*`allow_pickle=True`"
+    ):
+        load_dataset(path)
+    assert_same(load_dataset(path, allow_pickle=True), make_arrays())
+    np.savez(path, **make_arrays() | {name: {"a": make_arrays()[name]} for name in ("observations", "next_observations")})
+    with pytest.raises(ValueError, match="it is pickled"):
+        load_dataset(path)
+    assert set(load_dataset(path, allow_pickle=True).observations) == {"a"}
+    np.savez(path, columns=np.array(["actions"]), num_episodes=np.array(Trap(), dtype=object))
+    with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
+        load_dataset(path)
+    for suffix in (".npz", ".hdf5", ".pkl"):
+        with open(path.with_suffix(suffix), "wb") as file:
+            pickle.dump(Trap(), file)
+        with pytest.raises(ValueError, match=path.with_suffix(suffix).name):
+            load_dataset(path.with_suffix(suffix))
+    assert not Trap.sprung
+    # What a pickle may hold
+    with open(path.with_suffix(".pkl"), "wb") as file:
+        pickle.dump(make_inputs()[1]["transitions"], file)
+    assert len(load_dataset(path.with_suffix(".pkl"), allow_pickle=True)) == 20
+
+
+def test_unknown_groups_are_named(tmp_path):
+    h5py = pytest.importorskip("h5py", reason='needs pip install "sb3-flow[offline]"')
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        for group in ("train", "val"):
+            for name, array in make_arrays().items():
+                file[f"{group}/{name}"] = array
+        file["fps"] = 30
+        for name, array in make_arrays().items():
+            file[f"numbered/data/demo_0/{name}"] = array
+        file["numbered/skills"] = np.zeros(20)
+    with pytest.warns(DatasetWarning, match="not read: 'skills'"), h5py.File(tmp_path / "data.h5") as file:
+        assert len(load_dataset(file["numbered"])) == 20
+    with pytest.raises(
+        ValueError, match=r"data\.h5: it has no .* it has the arrays 'fps' and the groups 'numbered', 'train', 'val'"
+    ):
+        load_dataset(tmp_path / "data.h5")
+
+
+@pytest.mark.parametrize("need_rewards", [True, False])
+def test_without_rewards(need_rewards):
+    arrays = make_arrays()
+    del arrays["rewards"]
+    if need_rewards:
+        with pytest.raises(ValueError, match="has no 'rewards'"):
+            load_dataset(arrays)
+    else:
+        assert_same(load_dataset(arrays, need_rewards=False), arrays | dict(rewards=np.zeros(20)))
+        # OGBench's own files: a row more for each trajectory
+        raw = dict(
+            observations=arrays["observations"], actions=arrays["actions"], terminals=make_flags(9, 19), qpos=np.zeros(20)
+        )
+        transitions = load_dataset(raw, need_rewards=False)
+        assert len(transitions) == 18 and transitions.dones.sum() == 0
+
+
+def test_chunks_are_read_once(tmp_path):
+    """However large a chunk is."""
+    h5py = pytest.importorskip("h5py", reason='needs pip install "sb3-flow[offline]"')
+    n = 60_000
+    observations = np.random.default_rng(0).normal(size=(n, 40)).round(2).astype(np.float32)
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file.create_dataset("observations", data=observations, chunks=(n, 40), compression="gzip")
+        file["actions"], file["rewards"], file["terminals"] = np.zeros((n, 1)), np.zeros(n), np.arange(n) % 1000 == 999
+    with h5py.File(tmp_path / "data.hdf5") as file:
+        start = time.process_time()
+        file["observations"][:]
+        once = time.process_time() - start
+    start = time.process_time()
+    transitions = load_dataset(tmp_path / "data.hdf5")
+    assert time.process_time() - start < 3 * once + 0.2
+    assert np.array_equal(transitions.observations, observations)
 
 
 def test_reward_shift(tmp_path):

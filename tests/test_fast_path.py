@@ -20,10 +20,17 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from sb3_flow.common.activations import ELEMENTWISE, FEW_ELEMENTS, TanhGELU
-from sb3_flow.common.flow import PREDICTION_TYPES, sampler_grid, timestep_range, to_velocity
+from sb3_flow.common.flow import (
+    PREDICTION_TYPES,
+    sampler_grid,
+    standard_normal_flow,
+    standard_normal_std,
+    timestep_range,
+    to_velocity,
+)
 from sb3_flow.common.in_place import EulerIntegrator
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork
-from sb3_flow.common.samplers import SAMPLERS
+from sb3_flow.common.samplers import SAMPLERS, unit_variance_field
 from sb3_flow.fpo import MlpPolicy
 from sb3_flow.fql import MlpPolicy as FQLMlpPolicy
 
@@ -261,11 +268,17 @@ def plain_sample(
     network: FlowNetwork, features: th.Tensor, noise: th.Tensor, n_flow_steps: int, factor: float = 1.0
 ) -> th.Tensor:
     """Euler's method, with the network called as any module is, one point at a time."""
-    x = noise
-    for t in sampler_grid(n_flow_steps):
-        t = float(np.clip(t, *timestep_range(network.prediction_type)))
+    x, kind = noise, network.prediction_type
+    for time in sampler_grid(n_flow_steps):
+        t = float(np.clip(time, *timestep_range(kind)))
         output = factor * network.forward_plain(features, x.unsqueeze(1), th.full((len(x), 1), t, dtype=x.dtype)).squeeze(1)
-        x = x - to_velocity(output, x, t, network.prediction_type) / n_flow_steps
+        velocity = to_velocity(output, x, t, kind)
+        if network.skip_connection:
+            # What it adds to the velocity is integrated exactly
+            x = x - (velocity - standard_normal_flow(t, "velocity") * x) / n_flow_steps
+            x = x * standard_normal_std(time - 1 / n_flow_steps) / standard_normal_std(time)
+        else:
+            x = x - velocity / n_flow_steps
     return x
 
 
@@ -321,6 +334,7 @@ def test_sample_is_the_plain_loop(kwargs, batch_size, n_flow_steps, dtype, mode,
             th.testing.assert_close(network(*network.example), network.forward_plain(*network.example), **TOLERANCE[dtype])
             # Other samplers go through the velocity field
             field = network.velocity_field(features, n_flow_steps)
+            field = unit_variance_field(field, network.prediction_type) if network.skip_connection else field
             th.testing.assert_close(SAMPLERS["euler"](field, noise, n_flow_steps), expected, **TOLERANCE[dtype])
         return actual
 

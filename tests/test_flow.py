@@ -221,11 +221,38 @@ def test_standard_normal_flow(prediction_type):
         assert (error * x_t).mean().item() == pytest.approx(0.0, abs=0.02)
 
 
-def test_skip_connection_leaves_a_standard_normal():
-    network = FlowNetwork(1, 2, [8], output_scale=0.0, skip_connection=True)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("n_flow_steps", [1, 2, 5, 10, 33])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_skip_connection_leaves_noise_as_it_is(prediction_type, n_flow_steps, sampler):
+    """... whatever the sampler and its steps: the standard deviation of a new policy is one."""
+    if sampler not in ("euler", "sde"):
+        pytest.importorskip("torchdiffeq", reason='needs pip install "sb3-flow[solvers]"')
+    network = FlowNetwork(1, 2, [8], output_scale=0.0, skip_connection=True, prediction_type=prediction_type)
+    features, noise = th.zeros(100, 1), th.randn(100, 2)
+    for grad in (False, True):
+        with th.set_grad_enabled(grad):
+            assert th.allclose(network.sample(features, noise, n_flow_steps, sampler), noise, atol=1e-3)
+
+
+def test_noise_of_the_sampler_with_skip_connection():
+    """Each step adds its noise to x: the flow of a standard normal then changes its scale until the next."""
+    network = FlowNetwork(1, 1, [8], output_scale=0.0, skip_connection=True)
+    actions = network.sample(th.zeros(50_000, 1), th.zeros(50_000, 1), 4, "sde", 0.2)
+    variance = sum(0.2**2 / (t**2 + (1 - t) ** 2) for t in (0.75, 0.5, 0.25, 0.0))
+    assert actions.std().item() == pytest.approx(variance**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "midpoint"])
+def test_skip_connection_does_not_change_the_flow(sampler):
+    """With many steps, sampling leads where the velocity field does."""
+    if sampler != "euler":
+        pytest.importorskip("torchdiffeq", reason='needs pip install "sb3-flow[solvers]"')
+    network = make_network(skip_connection=True)
+    features, noise = th.randn(10, 6), th.randn(10, 3)
     with th.no_grad():
-        actions = network.sample(th.zeros(5000, 1), th.randn(5000, 2), 100)
-    assert actions.std().item() == pytest.approx(1.0, abs=0.03)
+        expected = SAMPLERS["euler"](network.velocity_field(features, 4000), noise, 4000)
+        assert th.allclose(network.sample(features, noise, 400, sampler), expected, atol=5e-3)
 
 
 def test_timestep_embedding():

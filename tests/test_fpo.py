@@ -10,6 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
 from torch.distributions import TanhTransform
 
 import sb3_flow.fpo.fpo as fpo_module
@@ -104,7 +105,7 @@ def test_loss_is_that_of_the_rollout(n_baseline_actions):
     rollout = model._get_rollout()
     assert rollout.actions.shape == (128, 1 + n_baseline_actions, 1, 1)
     assert rollout.noise.shape == (128, 1, 3, 1) and rollout.timesteps.shape == (128, 1, 3)
-    values, outputs = model._evaluate_flow(rollout)
+    values, outputs = model.policy.evaluate_flow(rollout.observations, rollout.actions, rollout.noise, rollout.timesteps)
     losses = model._cfm_loss(outputs, rollout)
     assert losses.shape == (128, 1 + n_baseline_actions, 3)
     network = model.policy.action_net
@@ -180,7 +181,7 @@ def test_gradients_reach_only_what_they_should():
     actor = set(policy.action_net.parameters())
     critic = {*policy.mlp_extractor.parameters(), *policy.value_net.parameters()}
     assert actor | critic == set(policy.parameters())
-    values, outputs = model._evaluate_flow(rollout)
+    values, outputs = model.policy.evaluate_flow(rollout.observations, rollout.actions, rollout.noise, rollout.timesteps)
     for loss, touched in [(model._cfm_loss(outputs, rollout).mean(), actor), (values.square().mean(), critic)]:
         policy.zero_grad()
         loss.backward()
@@ -216,7 +217,7 @@ def test_common_advantages_do_not_change_the_policy():
         model = make_model(n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions, mc_sampling=mc_sampling)
         collect(model)
         rollout = model._get_rollout()
-        losses = model._cfm_loss(model._evaluate_flow(rollout)[1], rollout)
+        losses = model._cfm_loss(model._flow_output(rollout), rollout)
         objective = flow_ratio(losses.detach(), losses).mean()
         gradients = th.autograd.grad(objective, list(model.policy.action_net.parameters()))
         norms.append(th.cat([gradient.flatten() for gradient in gradients]).norm().item())
@@ -231,7 +232,7 @@ def test_initial_weights():
             assert layer.weight.var().item() * layer.in_features == pytest.approx(variance, rel=0.05)
 
 
-def spread_without_rewards(monkeypatch, action_scale=1.0, **kwargs):
+def spread_without_rewards(monkeypatch, action_scale, n_rollouts, **kwargs):
     """Standard deviation of the actions, before they are clipped, after some training with nothing to gain."""
 
     def no_rewards(buffer):
@@ -249,14 +250,57 @@ def spread_without_rewards(monkeypatch, action_scale=1.0, **kwargs):
         ), **kwargs,
     )  # fmt: skip
     monkeypatch.setattr(model.rollout_buffer, "compute_returns_and_advantage", no_rewards(model.rollout_buffer))
-    model.learn(5 * 1024)
+    model.learn(n_rollouts * 1024)
     return action_scale * model.policy._predict(th.zeros(5000, 3)).std().item()
+
+
+class GaussianFlow(nn.Module):
+    """The flow from noise to a Gaussian around zero, exactly."""
+
+    def __init__(self, action_dim, std):
+        super().__init__()
+        self.action_dim = action_dim
+        self.log_std = nn.Parameter(th.tensor(std).log())
+
+    def forward(self, features, x, timesteps):
+        t, variance = timesteps.unsqueeze(-1), (2 * self.log_std).exp()
+        return (t - (1 - t) * variance) / (t**2 + (1 - t) ** 2 * variance) * x
+
+    def sample(self, features, noise, *_):
+        return self.log_std.exp() * noise
+
+
+@pytest.mark.parametrize("std", [1.0, 0.4])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(ratio_type="per_sample", mc_sampling="stratified", timestep_distribution="importance", n_baseline_actions=2),
+        dict(n_baseline_actions=2),
+        dict(n_baseline_actions=0),
+    ],
+)
+def test_entropy_gradient(std, kwargs):
+    """That of a Gaussian, whose entropy is the logarithm of its standard deviation (and a constant)."""
+    kwargs = dict(n_steps=16384, batch_size=4096, supervision="elbo", loss_reduction="sum", n_mc_samples=8) | kwargs
+    model = make_model(ent_coef=1.0, policy_kwargs=dict(squash_output=False), **kwargs)
+    model.policy.action_net = GaussianFlow(1, std)
+    buffer, rng, gradients = model.rollout_buffer, np.random.default_rng(0), []
+    for _ in range(3):
+        # A rollout, as if it had been collected
+        buffer.reset()
+        buffer.actions[:], buffer.full = rng.normal(scale=std, size=buffer.actions.shape), True
+        rollout = model._get_rollout()
+        losses = model._cfm_loss(model._flow_output(rollout), rollout)
+        ratio = flow_ratio(losses.detach(), losses, model.ratio_type)
+        objective = (ratio * model._surprise(rollout).unsqueeze(1)).mean()
+        gradients.append(th.autograd.grad(objective, model.policy.action_net.log_std)[0].item())
+    assert 0.9 < np.mean(gradients) < 1.1
 
 
 @pytest.mark.parametrize("action_scale", [0.4, 2.0])
 def test_entropy_bonus(monkeypatch, action_scale):
     """With nothing to gain the entropy decides: from narrower or wider, the actions come to fill the bounds."""
-    spread = spread_without_rewards(monkeypatch, action_scale, ent_coef=0.2)
+    spread = spread_without_rewards(monkeypatch, action_scale, 10, ent_coef=0.2)
     # The standard deviation before a tanh that makes actions uniform is 0.9
     assert 0.6 < spread < 1.3
 
@@ -274,7 +318,7 @@ def test_log_squashing(squash_type):
 
 def test_bounds_loss_keeps_actions_in_reach(monkeypatch):
     """... when they are driven out of the bounds, here by a reward for little entropy."""
-    free, kept = (spread_without_rewards(monkeypatch, 1.5, ent_coef=-0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
+    free, kept = (spread_without_rewards(monkeypatch, 1.5, 5, ent_coef=-0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
     assert free > 2 and kept < 0.8 * free
 
 
@@ -390,7 +434,7 @@ def test_bandit_keeps_both_modes():
 
 def test_ema():
     """The average predicts, the actor collects; the recursion is that of an exponential moving average."""
-    model = make_model(ema_decay=0.9, ema_start=2, n_epochs=1, batch_size=128)
+    model = make_model(ema_decay=0.9, ema_start=2)
     policy = model.policy
     weights, averages = [policy.action_net.input_layer.weight.detach().clone()], []
     for _ in range(5):
@@ -398,7 +442,7 @@ def test_ema():
         model.train()
         weights.append(policy.action_net.input_layer.weight.detach().clone())
         averages.append(policy.ema.module[1].input_layer.weight.clone())
-    # A copy until there were `ema_start` updates
+    # Once for all gradient steps of an iteration; a copy until there were `ema_start` iterations
     for k in range(2):
         assert th.equal(averages[k], weights[k + 1])
     for k in range(2, 5):

@@ -4,12 +4,9 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zipfile
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +14,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
-from stable_baselines3.common.monitor import load_results
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
@@ -30,7 +26,6 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 import sb3_flow.zoo
 from sb3_flow import FPO, FQL
 from sb3_flow.zoo import cli
-from sb3_flow.zoo.experiment import last_checkpoint
 
 TRAIN = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "--num-threads", "1", "--seed", "1", "-params", "n_envs:2",
          "batch_size:64", "n_epochs:2", "n_steps:64", "normalize:True", "--verbose", "0"]  # fmt: skip
@@ -157,48 +152,30 @@ def test_fql_offline_then_online(monkeypatch, capsys):
     assert ALGOS["fql"] is FQL
 
 
-def test_fql_resumes(monkeypatch, capsys):
-    """With its replay buffer, and for what is left of both phases."""
-    n = 200
-    rng = np.random.default_rng(0)
-    np.savez(
-        "data.npz", observations=np.zeros((n, 3)), next_observations=np.zeros((n, 3)), rewards=np.zeros(n),
-        actions=rng.uniform(-2, 2, size=(n, 1)),
-    )  # fmt: skip
-    train = ["train", "--algo", "fql", "--env", "Pendulum-v1", "--eval-freq", -1, "--save-freq", 40, "--save-replay-buffer"]
-    params = ["-params", "dataset:'data.npz'", "offline_steps:100", "policy_kwargs:dict(net_arch=[16])", "batch_size:32"]
-    run = Path("logs/fql/Pendulum-v1_1")
-    sb3_flow_main(monkeypatch, *train, "-n", 50, *params)
-    assert checkpoint_steps(run) == [40, 80, 120]
-    # Only the latest, which can be large
-    assert [path.name for path in run.glob("rl_model_replay_buffer_*")] == ["rl_model_replay_buffer_120_steps.pkl"]
-    # A run that was killed before, or while, the buffer was written
-    unfinished = [run / "rl_model_130_steps.zip", run / "rl_model_140_steps.zip", run / "rl_model_replay_buffer_140_steps.pkl"]
-    for path in unfinished[:2]:
-        shutil.copy(run / "rl_model_120_steps.zip", path)
-    unfinished[2].write_bytes((run / "rl_model_replay_buffer_120_steps.pkl").read_bytes()[:-100])
-    assert last_checkpoint(run) == (run / "rl_model_120_steps.zip", 120)
-    for path in unfinished:
-        path.unlink()
-    sb3_flow_main(monkeypatch, *train, "-n", 60, *params, "--resume")
-    assert f"Resuming {run} after 120 of 160 timesteps" in capsys.readouterr().out
-    model = FQL.load(run / "Pendulum-v1.zip")
-    model.load_replay_buffer(run / "replay_buffer.pkl")
-    # (SB3 saves an online checkpoint before the transition of its step is stored and learned from)
-    assert model.num_timesteps == 160 and model._n_updates == 159 and model.replay_buffer.size() == 59
-    # From a checkpoint of the offline phase, all of the online phase is left
-    for path in [run / "rl_model_120_steps.zip", run / "rl_model_160_steps.zip", *run.glob("*replay_buffer*.pkl")]:
-        path.unlink(missing_ok=True)
-    sb3_flow_main(monkeypatch, *train, "-n", 60, *params, "--resume")
-    assert "is lost" not in capsys.readouterr().out
-    model = FQL.load(run / "Pendulum-v1.zip")
-    model.load_replay_buffer(run / "replay_buffer.pkl")
-    assert model.num_timesteps == model._n_updates == 160 and model.replay_buffer.size() == 60
-    # Without what was collected online it goes on, and says so
-    for path in run.glob("*replay_buffer*.pkl"):
-        path.unlink()
-    sb3_flow_main(monkeypatch, *train, "-n", 70, *params, "--resume")
-    assert "rl_model_160_steps.zip had collected is lost" in capsys.readouterr().out
+@pytest.mark.parametrize("preset", [False, True])
+def test_zero_timesteps(monkeypatch, capsys, preset):
+    """``-n 0`` is not a step in the environment, whatever the hyperparameters say: only an offline phase."""
+    np.savez("data.npz", observations=np.zeros((50, 3)), next_observations=np.ones((50, 3)), rewards=np.zeros(50),
+             actions=np.zeros((50, 1)))  # fmt: skip
+    options = ["--algo", "fql", "--env", "Pendulum-v1", "--eval-freq", -1, "--eval-episodes", 1, "-n", 0]
+    if preset:
+        Path("my.yml").write_text("Pendulum-v1:\n  policy: MlpPolicy\n  n_timesteps: 500\n")
+        options += ["--conf-file", "my.yml"]
+    small = ["-params", "buffer_size:100", "policy_kwargs:dict(net_arch=[16])", "batch_size:8"]
+    offline = [*small, "dataset:'data.npz'", "offline_steps:5"]
+    sb3_flow_main(monkeypatch, "train", *options, *offline)
+    model = FQL.load("logs/fql/Pendulum-v1_1/Pendulum-v1.zip")
+    assert model.num_timesteps == model._n_updates == 5
+    search = ["--n-trials", 2, "--n-startup-trials", 1, "--no-optim-plots", "--seed", 0]
+    monkeypatch.setattr("sb3_flow.zoo.search_spaces.NET_ARCHS", {"fql": {size: [16] for size in ("small", "medium", "large")}})
+    sb3_flow_main(monkeypatch, "optimize", *options, *search, *offline)
+    assert "Number of finished trials:  2" in capsys.readouterr().out
+    for command in (["train"], ["optimize", *search]):
+        with pytest.raises(SystemExit, match="-n/--n-timesteps: 0 timesteps, and no `offline_steps`"):
+            sb3_flow_main(monkeypatch, *command, *options, *small)
+    with pytest.raises(SystemExit, match="-n/--n-timesteps: 0 timesteps"):
+        sb3_flow_main(monkeypatch, "train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 0)
+    assert [path.name for path in Path("logs").glob("*/Pendulum-v1_*")] == ["Pendulum-v1_1"]
 
 
 def test_evaluation_with_and_without_noise(monkeypatch, capsys):
@@ -332,7 +309,13 @@ def test_offline_trials_are_evaluated_along_the_way():
     from sb3_flow.zoo.experiment import FlowExperimentManager
 
     manager = FlowExperimentManager(
-        SimpleNamespace(seed=0), "fql", "Pendulum-v1", "logs", optimize_hyperparameters=True, n_evaluations=None
+        SimpleNamespace(seed=0),
+        "fql",
+        "Pendulum-v1",
+        "logs",
+        n_timesteps=-1,
+        optimize_hyperparameters=True,
+        n_evaluations=None,
     )
     manager._preprocess_hyperparams({"policy": "MlpPolicy", "n_timesteps": 200_000, "offline_steps": 500_000})
     assert manager.n_evaluations == 7
@@ -448,84 +431,6 @@ def test_own_conf_file(monkeypatch):
 
 def checkpoint_steps(run):
     return sorted(int(path.stem.split("_")[-2]) for path in run.glob("rl_model_*_steps.zip"))
-
-
-def start_training(*args):
-    return subprocess.Popen(
-        [sys.executable, "-m", "sb3_flow.zoo", *TRAIN, *map(str, args)],
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        # Ctrl-C is ignored by what a shell runs in the background, these tests too, and by its children
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for_checkpoint(process, run):
-    deadline = time.time() + 120
-    while not checkpoint_steps(run) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.2)
-    assert process.poll() is None, "the run ended before it could be stopped"
-
-
-def test_killed_run_resumes(monkeypatch, capsys):
-    run = Path("logs/fpo/Pendulum-v1_1")
-    options = ["-n", 100_000, "--save-freq", 512, "--eval-freq", 256, "--eval-episodes", 1]
-    process = start_training(*options)
-    wait_for_checkpoint(process, run)
-    process.kill()
-    process.wait()
-    # What it did not finish writing is not taken for a checkpoint
-    (run / "rl_model_90000_steps.zip").write_bytes(b"PK")
-    last, steps = last_checkpoint(run)
-    for unfinished in (80_000, 70_000):
-        shutil.copy(last, run / f"rl_model_{unfinished}_steps.zip")
-    (run / "rl_model_vecnormalize_70000_steps.pkl").write_bytes(b"\x80")
-    assert last_checkpoint(run) == (last, steps) and steps < 70_000
-    # A start that failed is not the latest run
-    Path("logs/fpo/Pendulum-v1_2").mkdir()
-    assert not (run / "Pendulum-v1.zip").exists()
-    episodes = load_results(str(run))
-
-    options[1] = steps + 1024
-    sb3_flow_main(monkeypatch, *TRAIN, *options, "--resume")
-    assert f"Resuming {run} after {steps} of {steps + 1024} timesteps" in capsys.readouterr().out
-    # In the same folder, with the same statistics, for the rest of the timesteps only
-    assert not list(Path("logs/fpo/Pendulum-v1_2").iterdir()) and not Path("logs/fpo/Pendulum-v1_3").exists()
-    model = FPO.load(run / "Pendulum-v1.zip")
-    assert steps + 1024 <= model.num_timesteps < steps + 1024 + 128
-    # The episodes of the resumed run come after those of the killed one
-    all_episodes = load_results(str(run))
-    assert len(all_episodes) > len(episodes)
-    assert np.array_equal(all_episodes["r"][: len(episodes)], episodes["r"])
-    # Once more from the same checkpoint
-    for path in run.glob("rl_model_*"):
-        if int(path.stem.split("_")[-2]) > steps:
-            path.unlink()
-    sb3_flow_main(monkeypatch, *TRAIN, *options, "--resume")
-    episodes, all_episodes = all_episodes, load_results(str(run))
-    assert len(all_episodes) > len(episodes)
-    assert np.array_equal(all_episodes["r"][: len(episodes)], episodes["r"])
-    timesteps = np.load(run / "evaluations.npz")["timesteps"]
-    # (it may have been killed after a checkpoint but before the evaluation at the same step,
-    # or while it wrote the evaluations)
-    assert (np.diff(timesteps) > 0).all() and set(timesteps % 256) == {0} and timesteps[-1] > steps
-
-
-def test_interrupted_run_is_saved():
-    run = Path("logs/fpo/Pendulum-v1_1")
-    process = start_training("-n", 100_000, "--save-freq", 512, "--eval-freq", -1)
-    wait_for_checkpoint(process, run)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
-    model = FPO.load(run / "Pendulum-v1.zip")
-    assert 512 <= model.num_timesteps < 100_000
-
-
-def test_resume_without_checkpoint(monkeypatch):
-    with pytest.raises(SystemExit, match="no run of Pendulum-v1 with a checkpoint"):
-        sb3_flow_main(monkeypatch, *TRAIN, "--resume")
-    with pytest.raises(SystemExit, match=r"no checkpoint .* in nowhere"):
-        sb3_flow_main(monkeypatch, *TRAIN, "--resume", "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What SB3's buffers lack: a dataset to sample from, and batches drawn from several buffers."""
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -7,20 +8,21 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_flow.common.transitions import Observations, Transitions, blocks, map_arrays
+from sb3_flow.common.transitions import Observations, Transitions, map_arrays
 
 
 class OfflineBuffer:
     """
-    A dataset, on the device that trains, sampled as SB3's replay buffers are: uniformly and with replacement.
+    A dataset, sampled as SB3's replay buffers are: uniformly and with replacement.
     On the CPU the arrays of the dataset are not copied.
 
     :param transitions: The dataset, with actions in [-1, 1]
-    :param device: PyTorch device
+    :param device: PyTorch device of the samples
     :param n_steps: Number of steps of the returns
     :param gamma: Discount factor, for returns of several steps
     :param n_stack: Number of observations that are stacked on their first axis, the latest one last.
         As in SB3's ``VecFrameStack``, there are zeros in place of those before the start of an episode.
+    :param storage_device: PyTorch device that holds the dataset, that of the samples if None
     """
 
     def __init__(
@@ -30,23 +32,48 @@ class OfflineBuffer:
         n_steps: int = 1,
         gamma: float = 0.99,
         n_stack: int = 1,
+        storage_device: th.device | str | None = None,
     ):
         self.n_steps = n_steps
         self.gamma = gamma
         self.n_stack = n_stack
         self.device = th.device(device)
+        self.storage_device = self.device if storage_device is None else th.device(storage_device)
         self.observations = self._to_torch(transitions.observations)
         self.next_observations = self._to_torch(transitions.next_observations)
-        self.actions = th.as_tensor(transitions.actions.reshape(len(transitions), -1), device=self.device)
-        self.rewards = th.as_tensor(transitions.rewards, device=self.device)
-        self.dones = th.as_tensor(transitions.dones, device=self.device)
-        self.episode_ends = th.as_tensor(transitions.episode_ends, device=self.device)
+        self.actions = th.as_tensor(transitions.actions.reshape(len(transitions), -1), device=self.storage_device)
+        self.rewards = th.as_tensor(transitions.rewards, device=self.storage_device)
+        self.dones = th.as_tensor(transitions.dones, device=self.storage_device)
+        self.episode_ends = th.as_tensor(transitions.episode_ends, device=self.storage_device)
+        #: Rows that are sampled, all of them if None
+        self.rows: th.Tensor | None = None
 
     def _to_torch(self, observations: Observations) -> PyTorchObs:
-        return map_arrays(lambda obs: th.as_tensor(obs, device=self.device), observations)
+        return map_arrays(lambda obs: th.as_tensor(obs, device=self.storage_device), observations)
 
     def __len__(self) -> int:
-        return len(self.actions)
+        return len(self.actions if self.rows is None else self.rows)
+
+    def split(self, fraction: float) -> tuple["OfflineBuffer", "OfflineBuffer"]:
+        """
+        Hold out whole episodes, the same ones every time. The dataset is held once.
+
+        :param fraction: Share of the episodes that are held out, at least one
+        :return: buffers that sample the other episodes, and those that are held out
+        :raises ValueError: if no episode would be left
+        """
+        ends = self.episode_ends.cpu().numpy()
+        n_episodes = int(ends.sum())
+        n_held_out = max(1, round(fraction * n_episodes))
+        if n_held_out >= n_episodes:
+            raise ValueError(f"Whole episodes are held out for validation: {fraction} of {n_episodes} leaves none")
+        held_out = np.random.default_rng(0).permutation(n_episodes) < n_held_out
+        # The number of episodes that have ended before a row is that of its episode
+        is_held_out = held_out[np.cumsum(ends) - ends]
+        parts = copy(self), copy(self)
+        for part, mask in zip(parts, (~is_held_out, is_held_out), strict=True):
+            part.rows = th.as_tensor(np.flatnonzero(mask), device=self.storage_device)
+        return parts
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples | DictReplayBufferSamples:
         """
@@ -56,11 +83,13 @@ class OfflineBuffer:
         :param env: VecNormalize to normalize the observations and rewards with
         :return: samples, as from a replay buffer of SB3
         """
-        rows = th.randint(len(self), (batch_size,), device=self.device)
-        rewards, dones, last, discounts = self.rewards[rows], self.dones[rows], rows, None
+        rows = th.randint(len(self), (batch_size,), device=self.storage_device)
+        if self.rows is not None:
+            rows = self.rows[rows]
         if self.n_steps > 1:
-            rewards, last, discounts = self._n_step_returns(rows)
-            dones = self.dones[last]
+            rewards, last, discounts = self._n_step_returns(rows, env)
+        else:
+            rewards, last, discounts = self._rewards(rows, env), rows, None
         previous = self._previous_rows(rows)
         observations = map_arrays(lambda obs: self._stack(obs, previous, obs[rows]), self.observations)
         # Those before the next observation are the latest observations
@@ -70,16 +99,10 @@ class OfflineBuffer:
         )
         if env is not None:
             observations, next_observations = (self._normalize(obs, env) for obs in (observations, next_observations))
-            rewards = th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), dtype=th.float32, device=self.device)
-        cls = DictReplayBufferSamples if isinstance(observations, dict) else ReplayBufferSamples
-        return cls(
-            observations=observations,
-            actions=self.actions[rows],
-            next_observations=next_observations,
-            dones=dones.unsqueeze(1),
-            rewards=rewards.unsqueeze(1),
-            discounts=discounts,
-        )
+        cls: Any = DictReplayBufferSamples if isinstance(observations, dict) else ReplayBufferSamples
+        columns = (None if column is None else column.unsqueeze(1) for column in (self.dones[last], rewards, discounts))
+        samples = (observations, self.actions[rows], next_observations, *columns)
+        return cls(*(part if part is None else map_arrays(lambda x: x.to(self.device), part) for part in samples))
 
     def _previous_rows(self, rows: th.Tensor) -> list[th.Tensor]:
         """The rows before, the nearest first, as many as are stacked. Negative before the start of an episode."""
@@ -100,19 +123,25 @@ class OfflineBuffer:
             frames.insert(0, observations[rows] * exists)
         return th.cat(frames, dim=1)
 
-    def _n_step_returns(self, rows: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def _rewards(self, rows: th.Tensor, env: VecNormalize | None) -> th.Tensor:
+        rewards = self.rewards[rows]
+        if env is None or not env.norm_reward:
+            return rewards
+        return th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), device=self.storage_device)
+
+    def _n_step_returns(self, rows: th.Tensor, env: VecNormalize | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Sum of the discounted rewards until the end of the episode, last row of it, and discount of what comes after."""
-        rewards, last = self.rewards[rows], rows
+        rewards, last = self._rewards(rows, env), rows
         discounts = th.full_like(rewards, self.gamma)
         # Tasks of OGBench can be solved, and so be over, in the middle of a trajectory
         ends = self.episode_ends | (self.dones > 0)
         going_on = ~ends[rows]
         for _ in range(self.n_steps - 1):
             last = last + going_on
-            rewards = rewards + going_on * discounts * self.rewards[last]
+            rewards = rewards + going_on * discounts * self._rewards(last, env)
             discounts = th.where(going_on, discounts * self.gamma, discounts)
             going_on = going_on & ~ends[last]
-        return rewards, last, discounts.unsqueeze(1)
+        return rewards, last, discounts
 
     def fit_normalization(self, env: VecNormalize) -> None:
         """
@@ -122,18 +151,19 @@ class OfflineBuffer:
         """
         if not env.training or env.ret_rms.count >= 1:
             return
+        sampled = th.arange(len(self.actions), device=self.storage_device) if self.rows is None else self.rows
         if env.norm_obs:
             statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {None: env.obs_rms}
             for key, running in statistics.items():
                 observations: Any = self.observations if key is None else self.observations[key]  # type: ignore[call-overload]
-                for _, rows in blocks(observations.cpu().numpy()):
-                    running.update(rows)
-        discounted, episode_return = np.zeros(len(self)), 0.0
+                for rows in sampled.split(1000):
+                    running.update(self._stack(observations, self._previous_rows(rows), observations[rows]).cpu().numpy())
+        discounted, episode_return = np.zeros(len(self.actions)), 0.0
         for row, (reward, end) in enumerate(zip(self.rewards.tolist(), self.episode_ends.tolist(), strict=True)):
             discounted[row] = episode_return = episode_return * env.gamma + reward
             if end:
                 episode_return = 0.0
-        env.ret_rms.update(discounted)
+        env.ret_rms.update(discounted[sampled.cpu().numpy()])
 
     def _normalize(self, observations: PyTorchObs, env: VecNormalize) -> PyTorchObs:
         arrays = map_arrays(lambda obs: obs.cpu().numpy(), observations)
@@ -166,3 +196,41 @@ def concatenate_samples(
     for a, b in zip(first, second, strict=True):
         values.append(None if a is None else map_arrays(lambda *parts: th.cat(parts), a, b))
     return type(first)(*values)
+
+
+def fill_terminal_observations(
+    batch: ReplayBufferSamples | DictReplayBufferSamples,
+) -> ReplayBufferSamples | DictReplayBufferSamples:
+    """
+    Nothing is bootstrapped from the next observation of a terminal transition, which may be NaN, as its product with zero
+    would be: the observation takes its place.
+
+    :param batch: samples
+    :return: samples
+    """
+
+    def fill(obs: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        if not next_obs.is_floating_point():
+            return next_obs
+        return th.where((batch.dones > 0).view(-1, *[1] * (next_obs.dim() - 1)), obs, next_obs)
+
+    return batch._replace(next_observations=map_arrays(fill, batch.observations, batch.next_observations))
+
+
+def transform_rewards(
+    batch: ReplayBufferSamples | DictReplayBufferSamples, gamma: float, reward_scale: float = 1.0, reward_shift: float = 0.0
+) -> ReplayBufferSamples | DictReplayBufferSamples:
+    """
+    Scale and shift rewards, or those that returns of several steps are made of.
+
+    :param batch: samples
+    :param gamma: Discount factor. With a shift of returns of several steps it must be less than 1.
+    :param reward_scale: Factor of each reward
+    :param reward_shift: Added to each reward after that
+    :return: samples
+    """
+    if reward_scale == 1 and reward_shift == 0:
+        return batch
+    # A return has as many rewards as the exponent of gamma in the discount of what comes after it
+    n_shifts = 1 if batch.discounts is None or reward_shift == 0 else (1 - batch.discounts) / (1 - gamma)
+    return batch._replace(rewards=reward_scale * batch.rewards + reward_shift * n_shifts)

@@ -141,10 +141,20 @@ def standard_normal_flow(timesteps: Time, prediction_type: str) -> Time:
     :param prediction_type: "velocity", "noise" or "action"
     :return: of the shape of the timesteps
     """
-    variance = timesteps**2 + (1 - timesteps) ** 2
+    variance = standard_normal_std(timesteps) ** 2
     if prediction_type == "velocity":
         return (2 * timesteps - 1) / variance
     return (timesteps if prediction_type == "noise" else 1 - timesteps) / variance
+
+
+def standard_normal_std(timesteps: Time) -> Time:
+    """
+    Standard deviation of :math:`x_t` for :math:`a, \\epsilon \\sim \\mathcal{N}(0, I)`: one at both ends, less between them.
+
+    :param timesteps: in [0, 1]
+    :return: of the shape of the timesteps
+    """
+    return (timesteps**2 + (1 - timesteps) ** 2) ** 0.5
 
 
 def sampler_grid(n_flow_steps: int) -> list[float]:
@@ -169,13 +179,15 @@ def draw_pairs(
     device: th.device | str = "cpu",
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """
-    Draw the Monte-Carlo pairs of a batch of actions. Each pair by itself has the same distribution, however they are sampled.
+    Draw the Monte-Carlo pairs of a batch of actions. The mean over the pairs of an action has the same expectation however
+    they are sampled.
 
     :param n_actions: Number of actions
     :param action_dim: Number of action dimensions
     :param n_mc_samples: Number of pairs for each action
     :param sampling: "independent", or "stratified" for less variance: the timesteps are in as many equally likely parts of
-        [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise
+        [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise. All pairs of an
+        action together have the distribution of independent ones, a single one has the timesteps of its part only.
     :param distribution: "grid" draws timesteps from those that the sampler visits (as the authors' code does),
         "uniform" from [0, 1] (as the paper is written), and "importance" those of the grid with a probability proportional
         to the square root of the weight that their squared error has, which makes the losses of all of them about as large

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_flow.common.activations import ELEMENTWISE, is_transformed
-from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_range, to_velocity
+from sb3_flow.common.flow import sampler_grid, standard_normal_std, timestep_range, to_velocity
 
 Activation = Callable[[th.Tensor], th.Tensor]
 #: Modules whose computation is known, with their ``forward`` (which somebody may replace)
@@ -240,10 +240,13 @@ def euler_coefficients(
     times = [min(max(t, earliest), latest) for t in sampler_grid(n_flow_steps)]
     one, zero = th.ones((), dtype=th.float64), th.zeros((), dtype=th.float64)
     scales = []
-    for t in times:
-        # velocity = to_velocity(1, 0) output_of_the_layers + to_velocity(skip, 1) x
-        skip = standard_normal_flow(t, prediction_type) * one if skip_connection else zero
-        alpha = -output_scale * float(to_velocity(one, zero, t, prediction_type)) / n_flow_steps
-        beta = 1.0 - float(to_velocity(skip, one, t, prediction_type)) / n_flow_steps
+    for t, clipped in zip(sampler_grid(n_flow_steps), times, strict=True):
+        # velocity = to_velocity(1, 0) output_of_the_layers + to_velocity(0, 1) x, or, with a skip connection, in place of the
+        # second the flow of a standard normal distribution, which is integrated exactly
+        alpha = -output_scale * float(to_velocity(one, zero, clipped, prediction_type)) / n_flow_steps
+        beta = 1.0 - float(to_velocity(zero, one, clipped, prediction_type)) / n_flow_steps
+        if skip_connection:
+            beta = standard_normal_std(t - 1 / n_flow_steps) / standard_normal_std(t)
+            alpha *= beta
         scales.append((alpha, beta))
     return times, scales

@@ -12,9 +12,9 @@ from torch import nn
 
 from sb3_flow.common.activations import ELEMENTWISE, TanhGELU
 from sb3_flow.common.checks import to_float, to_int
-from sb3_flow.common.flow import sampler_grid, standard_normal_flow, timestep_range, to_velocity
+from sb3_flow.common.flow import sampler_grid, standard_normal_flow, standard_normal_std, timestep_range, to_velocity
 from sb3_flow.common.in_place import FORWARD, EulerIntegrator, Memory, PlainMLP, euler_coefficients, is_plain, runs_in_place
-from sb3_flow.common.samplers import SAMPLERS, VelocityField, euler
+from sb3_flow.common.samplers import SAMPLERS, Sigma, VelocityField, euler, unit_variance_field
 
 #: That of Flax
 LAYER_NORM_EPS = 1e-6
@@ -62,7 +62,8 @@ class FlowNetwork(nn.Module):
     :param timestep_embedding_dim: Number of features of the timestep (0: the timestep itself)
     :param output_scale: Factor on the output of the last layer
     :param skip_connection: Whether the layers only learn the difference from the flow that leaves a standard normal
-        distribution as it is (c_skip of Karras et al., https://arxiv.org/abs/2206.00364)
+        distribution as it is (c_skip of Karras et al., https://arxiv.org/abs/2206.00364). What it adds to the velocity is
+        integrated exactly, see :func:`~sb3_flow.common.samplers.unit_variance_field`.
     :param prediction_type: What the network predicts, "velocity", "noise" or "action": the skip connection depends on it
     """
 
@@ -204,7 +205,12 @@ class FlowNetwork(nn.Module):
             if actions is not None:
                 return actions
         field = self.velocity_field(features, n_flow_steps)
-        return integrate(field, noise, n_flow_steps, sigma, timestep_range(self.prediction_type))
+        sigmas: Sigma = sigma
+        if self.skip_connection:
+            field = unit_variance_field(field, self.prediction_type)
+            # The noise has this standard deviation in x
+            sigmas = [sigma / standard_normal_std(t - 1 / n_flow_steps) for t in sampler_grid(n_flow_steps)]
+        return integrate(field, noise, n_flow_steps, sigmas, timestep_range(self.prediction_type))
 
     def _euler_in_place(self, features: th.Tensor, noise: th.Tensor, n_flow_steps: int) -> th.Tensor | None:
         """:return: see :meth:`sample`, None if it is not possible"""
@@ -362,11 +368,11 @@ class ImpalaCNN(BaseFeaturesExtractor):
         for n_filters in (16, 32, 32):
             stages += [
                 nn.Conv2d(channels, n_filters, 3, padding=1),
-                # Padded at the end only, as in JAX
-                nn.MaxPool2d(3, stride=2, ceil_mode=True),
+                # As in JAX: to half the size, rounded up. An odd size is padded at both ends, an even one at the end only
+                nn.MaxPool2d(3, stride=2, padding=(height % 2, width % 2), ceil_mode=True),
                 _Residual(n_filters),
             ]
-            channels, height, width = n_filters, height // 2, width // 2
+            channels, height, width = n_filters, (height + 1) // 2, (width + 1) // 2
         self.cnn = nn.Sequential(*stages, nn.ReLU(), nn.Flatten())
         self.linear = nn.Sequential(nn.Linear(channels * height * width, features_dim), TanhGELU())
         self.apply(xavier_uniform_init)

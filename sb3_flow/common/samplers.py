@@ -2,7 +2,8 @@
 Samplers: integrate the velocity field from noise (t = 1) to the action (t = 0).
 
 A sampler is a function ``(field, x, n_flow_steps, sigma, kinks) -> actions``, with ``field(x, t)`` the velocity of ``x``
-at the time ``t``, a float. Adding one to ``SAMPLERS`` makes it available to every policy.
+at the time ``t``, a float. Adding one to ``SAMPLERS`` makes it available to every policy. Policies with a skip connection are
+sampled in other coordinates, see :func:`unit_variance_field`.
 
 ================= =========================== ================ =========
 Sampler           Method                      Evaluations      Order
@@ -20,24 +21,33 @@ Sampler           Method                      Evaluations      Order
 Those after the first two are torchdiffeq's (https://github.com/rtqichen/torchdiffeq, extra ``solvers``).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch as th
 
 from sb3_flow.common.checks import to_int
-from sb3_flow.common.flow import check_choice, sampler_grid
+from sb3_flow.common.flow import (
+    check_choice,
+    sampler_grid,
+    standard_normal_flow,
+    standard_normal_std,
+    timestep_range,
+)
 
 #: Velocity of x, (batch, action_dim), at a time.
 VelocityField = Callable[[th.Tensor, float], th.Tensor]
-Sampler = Callable[[VelocityField, th.Tensor, int, float, Iterable[float]], th.Tensor]
+#: Standard deviation of the noise of a step, or of each of them
+Sigma = float | Sequence[float]
+Sampler = Callable[[VelocityField, th.Tensor, int, Sigma, Iterable[float]], th.Tensor]
 
 #: Relative and absolute tolerance of "dopri5", for the root mean square of the errors of a batch.
 TOLERANCE = 1e-5
 
 
-def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 0.0, kinks: Iterable[float] = ()) -> th.Tensor:
+def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: Sigma = 0.0, kinks: Iterable[float] = ()) -> th.Tensor:
     """
     Euler's method, with steps of equal length.
 
@@ -54,7 +64,7 @@ def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 
 
 
 def stochastic_euler(
-    field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: float = 0.0, kinks: Iterable[float] = ()
+    field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: Sigma = 0.0, kinks: Iterable[float] = ()
 ) -> th.Tensor:
     """
     Euler's method with Gaussian noise of a fixed standard deviation added at every step,
@@ -63,15 +73,40 @@ def stochastic_euler(
     :param field: Velocity field
     :param x: Noise, (batch, action_dim)
     :param n_flow_steps: Number of steps
-    :param sigma: Standard deviation of the noise of one step
+    :param sigma: Standard deviation of the noise of one step, or of each of them
     :param kinks: Not used
     :return: Raw actions, (batch, action_dim)
     """
-    for t in sampler_grid(n_flow_steps):
+    for t, std in zip(sampler_grid(n_flow_steps), np.broadcast_to(sigma, n_flow_steps), strict=True):
         x = th.sub(x, field(x, t), alpha=1.0 / n_flow_steps)
-        if sigma > 0:
-            x = th.add(x, th.randn_like(x), alpha=sigma)
+        if std > 0:
+            x = th.add(x, th.randn_like(x), alpha=float(std))
     return x
+
+
+def unit_variance_field(field: VelocityField, prediction_type: str) -> VelocityField:
+    """
+    The field of a network with a skip connection in the coordinates :math:`y_t = x_t / s_t`, with :math:`s_t` the standard
+    deviation that :math:`x_t` has for standard normal actions (:func:`~sb3_flow.common.flow.standard_normal_std`):
+
+    .. math::
+        \\frac{dy_t}{dt} = \\frac{v(s_t y_t, t)}{s_t} - \\frac{\\dot s_t}{s_t}\\, y_t
+
+    They are those of x at both ends, noise and action. What the skip connection adds to the velocity stands still in them, so
+    that it is integrated exactly by every sampler with any number of steps (an exponential integrator, Hochbruck and
+    Ostermann, 2010): a new policy is standard normal.
+
+    :param field: Velocity field of x
+    :param prediction_type: What the network predicts
+    :return: velocity field of y
+    """
+    earliest, latest = timestep_range(prediction_type)
+
+    def field_of_y(y: th.Tensor, t: float) -> th.Tensor:
+        std, rate = standard_normal_std(t), standard_normal_flow(min(max(t, earliest), latest), "velocity")
+        return th.sub(field(std * y, t) / std, y, alpha=rate)
+
+    return field_of_y
 
 
 def odeint(func: Callable[[th.Tensor, Any], Any], y0: Any, times: list[float], method: str) -> Any:
@@ -100,7 +135,7 @@ def solve(
     field: VelocityField,
     x: th.Tensor,
     n_flow_steps: int,
-    sigma: float = 0.0,
+    sigma: Sigma = 0.0,
     kinks: Iterable[float] = (),
     *,
     method: str,

@@ -114,9 +114,10 @@ class FPO(OnPolicyAlgorithm):
         whose weights are far apart.
     :param supervision: What the CFM loss supervises: "velocity", "noise" (authors' default) or "action"
         (what the network predicts is ``policy_kwargs=dict(prediction_type=...)``), or "elbo" for the weights of the evidence
-        lower bound. With these (and ``loss_reduction="sum"``) the log-ratio is an estimate of that of the likelihoods, and
-        ``clip_range`` means what it means for PPO, whatever the spread of the policy; with the others the trust region
-        gets larger as the policy gets narrower.
+        lower bound. With these (and ``loss_reduction="sum"``) the log-ratio is an estimate of that of the likelihoods, down to
+        a standard deviation of about 2 / ``n_flow_steps`` of the raw actions, and ``clip_range`` means what it means for PPO
+        if the ratio is averaged (one ratio for each pair is spread more, and clipped more often); with the others the trust
+        region gets larger as the policy gets narrower.
     :param loss_reduction: Reduction of the CFM loss over the action dimensions: "mean", "sum",
         or "sqrt" (the sum over the square root of their number, FPO++)
     :param ratio_type: "averaged" for one ratio per transition (FPO), "per_sample" for one per Monte-Carlo pair (FPO++)
@@ -128,9 +129,9 @@ class FPO(OnPolicyAlgorithm):
         be more than ``-log(1 - clip_range)``.
     :param positive_advantage: Whether to use ``softplus(advantage)``, which is never negative, in place of the
         normalized advantage
-    :param ema_decay: Decay, for one gradient step, of an exponential moving average of the actor (FPO++), which is
-        then what predicts, is evaluated and is saved beside the actor. If None (default), no average is kept.
-    :param ema_start: Number of updates (as in ``train/n_updates``) before the averaging starts
+    :param ema_decay: Decay, for one iteration (a rollout and its epochs), of an exponential moving average of the actor
+        (FPO++), which is then what predicts, is evaluated and is saved beside the actor. No average is kept if None (default).
+    :param ema_start: Number of iterations before the averaging starts
     :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected.
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param target_kl: Limit the pseudo-KL divergence between updates: the mean squared difference between the
@@ -245,6 +246,7 @@ class FPO(OnPolicyAlgorithm):
         self.positive_advantage = positive_advantage
         self.ema_decay = ema_decay
         self.ema_start = ema_start
+        self._n_iterations = 0
         self.target_kl = target_kl
         # Not checked with the others: rl-zoo3 loads models that will not train with one of zero
         first_clip_range = FloatSchedule(clip_range)(1.0)
@@ -367,12 +369,10 @@ class FPO(OnPolicyAlgorithm):
         # The first epoch goes through the rollout in this order, so that its first ratio is exactly one
         minibatches = self._minibatches(n_transitions)
         with th.no_grad():
-            old_outputs = th.cat([self._evaluate_flow(rollout.select(indices))[1] for indices in minibatches])
+            old_outputs = th.cat([self._flow_output(rollout.select(indices)) for indices in minibatches])
             old_losses = th.cat([self._cfm_loss(old_outputs[indices], rollout.select(indices)) for indices in minibatches])
 
-        # How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy
-        surprise = relative_loss(old_losses - self.policy.log_squashing(rollout.actions)).mean(dim=1)
-        surprise -= surprise.mean()
+        surprise = self._surprise(rollout)
 
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
@@ -386,7 +386,7 @@ class FPO(OnPolicyAlgorithm):
             # Do a complete pass on the rollout
             for indices in minibatches if epoch == 0 else self._shuffled_minibatches(n_transitions):
                 batch = rollout.select(indices)
-                values, outputs = self._evaluate_flow(batch)
+                values, outputs = self.policy.evaluate_flow(batch.observations, batch.actions, batch.noise, batch.timesteps)
                 values = values.flatten()
                 losses = self._cfm_loss(outputs, batch)
 
@@ -450,12 +450,14 @@ class FPO(OnPolicyAlgorithm):
                         f"bounds loss: {bounds_loss.item()}): training stopped before it reached the weights"
                     )
                 self.policy.optimizer.step()
-                if self.policy.ema is not None:
-                    self.policy.update_ema(restart=self._n_updates < self.ema_start)
 
             self._n_updates += 1
             if not continue_training:
                 break
+
+        if self.policy.ema is not None:
+            self.policy.update_ema(restart=self._n_iterations < self.ema_start)
+        self._n_iterations += 1
 
         explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
 
@@ -498,9 +500,23 @@ class FPO(OnPolicyAlgorithm):
 
         # set_sampler() may have changed it
         self._check_flow_steps()
+        return FlowRollout(
+            data.observations,
+            data.old_values,
+            data.advantages,
+            data.returns,
+            *self._draw_baseline_and_pairs(data.observations, data.actions),
+        )
+
+    def _draw_baseline_and_pairs(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param observations: of the rollout
+        :param actions: taken there, (n_transitions, action_dim)
+        :return: actions, noise, timesteps and weights, as in :class:`FlowRollout`
+        """
         noise, timesteps, weights = draw_pairs(
-            len(data.actions),
-            data.actions.shape[1],
+            len(actions),
+            actions.shape[1],
             self.n_mc_samples,
             self.mc_sampling,
             self.timestep_distribution,
@@ -509,19 +525,10 @@ class FPO(OnPolicyAlgorithm):
             self.supervision,
             self.device,
         )
-        actions = data.actions.unsqueeze(1)
+        actions = actions.unsqueeze(1)
         if self.n_baseline_actions > 0:
-            actions = th.cat([actions, self._draw_baseline_actions(data.observations, len(actions))], dim=1)
-        return FlowRollout(
-            data.observations,
-            data.old_values,
-            data.advantages,
-            data.returns,
-            actions.unsqueeze(2),
-            noise.unsqueeze(1),
-            timesteps.unsqueeze(1),
-            weights.unsqueeze(1),
-        )
+            actions = th.cat([actions, self._draw_baseline_actions(observations, len(actions))], dim=1)
+        return actions.unsqueeze(2), noise.unsqueeze(1), timesteps.unsqueeze(1), weights.unsqueeze(1)
 
     def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> th.Tensor:
         """
@@ -546,9 +553,27 @@ class FPO(OnPolicyAlgorithm):
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
         return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))
 
-    def _evaluate_flow(self, batch: FlowRollout) -> tuple[th.Tensor, th.Tensor]:
-        """Values, and the output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)."""
-        return self.policy.evaluate_flow(batch.observations, batch.actions, batch.noise, batch.timesteps)
+    def _surprise(self, rollout: FlowRollout) -> th.Tensor:
+        """
+        How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy. It has baseline
+        actions and pairs of its own: with those of the ratio it would be correlated with the gradient of the ratio.
+
+        :param rollout: The rollout, with the policy that collected it
+        :return: (n_transitions,), zero on average, and zero without a coefficient
+        """
+        if self.ent_coef == 0:
+            return th.zeros_like(rollout.advantages)
+        actions, noise, timesteps, weights = self._draw_baseline_and_pairs(rollout.observations, rollout.actions[:, 0, 0])
+        rollout = rollout._replace(actions=actions, noise=noise, timesteps=timesteps, weights=weights)
+        batches = map(rollout.select, self._minibatches(len(actions)))
+        with th.no_grad():
+            losses = th.cat([self._cfm_loss(self._flow_output(batch), batch) for batch in batches])
+            surprise = relative_loss(losses - self.policy.log_squashing(actions)).mean(dim=1)
+        return surprise - surprise.mean()
+
+    def _flow_output(self, batch: FlowRollout) -> th.Tensor:
+        """Output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)."""
+        return self.policy.flow_output(batch.observations, batch.actions, batch.noise, batch.timesteps)
 
     def _cfm_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
         """

@@ -77,7 +77,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
-        distribution as it is: then a new policy is a Gaussian, and its CFM loss close to its least. Without (authors'
+        distribution as it is: then a new policy is a standard Gaussian, and its CFM loss close to its least. Without (authors'
         code), a new policy is about the same, but what lowers the CFM losses of all actions is most of the slope.
         For ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
@@ -270,7 +270,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         Keep an exponential moving average of the actor (features extractor and flow network).
         From now on it is the one that predicts, while the actor itself collects the rollouts.
 
-        :param ema_decay: Decay for one gradient step, in (0, 1)
+        :param ema_decay: Decay for one update, in (0, 1)
         """
         ema_decay = to_float("ema_decay", ema_decay)
         if not 0 < ema_decay < 1:
@@ -283,7 +283,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def update_ema(self, restart: bool = False) -> None:
         """
-        Update the moving average, after a gradient step.
+        Update the moving average, after an iteration.
 
         :param restart: Forget the past: make the average equal to the actor
         :raises ValueError: if the actor has other parameters by now
@@ -474,10 +474,24 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :return: estimated value, (batch, 1), and output of the flow network, (batch, ..., action_dim)
         """
         latent_pi, values = self._latent_pi_and_values(obs)
+        return values, self._flow_output(latent_pi, actions, noise, timesteps)
+
+    def flow_output(self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        The second part of :meth:`evaluate_flow` by itself.
+
+        :param obs: Observation
+        :param actions: Raw actions, (batch, ..., action_dim)
+        :param noise: (batch, ..., action_dim)
+        :param timesteps: (batch, ...)
+        :return: output of the flow network, (batch, ..., action_dim)
+        """
+        return self._flow_output(self._latent_pi(obs, self._actor()), actions, noise, timesteps)
+
+    def _flow_output(self, latent_pi: th.Tensor, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         x_t = interpolate(actions, noise, timesteps)
         timesteps = timesteps.expand(x_t.shape[:-1])
-        output = self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1))
-        return values, output.view(x_t.shape)
+        return self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
         """

@@ -3,13 +3,12 @@ import pathlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -21,14 +20,14 @@ from stable_baselines3.common.type_aliases import (
     ReplayBufferSamples,
     Schedule,
 )
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.utils import configure_logger, get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
-from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples
+from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
 from sb3_flow.common.checks import to_int
-from sb3_flow.common.datasets import Dataset, load_dataset
+from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
 from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
@@ -39,6 +38,8 @@ SelfFQL = TypeVar("SelfFQL", bound="FQL")
 Q_AGGREGATIONS = ("mean", "min")
 # The authors keep the actions of the dataset just inside of the bounds
 ACTION_MARGIN = 1e-5
+# Of `dataset_kwargs`: what the rewards of both phases are, the dataset's and those that are collected online
+REWARD_ARGUMENTS = {"reward_scale": 1.0, "reward_shift": 0.0}
 # In gradient steps
 OFFLINE_LOG_INTERVAL = 1000
 
@@ -58,7 +59,7 @@ class FQL(OffPolicyAlgorithm):
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param dataset: What to learn offline from, see :func:`sb3_flow.common.datasets.load_dataset`. It stays beside the
         replay buffer when the training goes on online.
-    :param dataset_kwargs: Keyword arguments to pass to ``load_dataset``
+    :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
     :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
     :param alpha: Weight of the distillation (behavioral cloning) in the loss of the one-step policy
     :param q_agg: How the critics are put together for the target: "mean" or "min"
@@ -154,6 +155,8 @@ class FQL(OffPolicyAlgorithm):
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
         if offline_steps > 0 and dataset is None:
             raise ValueError("`offline_steps` needs a `dataset`")
+        if dataset_kwargs and dataset is None:
+            raise ValueError("`dataset_kwargs` needs a `dataset`")
 
         super().__init__(
             policy,
@@ -193,7 +196,9 @@ class FQL(OffPolicyAlgorithm):
         #: Name of the dataset, to load it again. None if it was given as arrays.
         self.dataset: Any = None
         self.offline_buffer: OfflineBuffer | None = None
+        self.validation_buffer: OfflineBuffer | None = None
         self._has_dataset = False
+        self._has_default_replay_buffer = replay_buffer_class is None
         self._n_offline_updates = 0
         self._steps_after_offline = 0
 
@@ -203,6 +208,7 @@ class FQL(OffPolicyAlgorithm):
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
     def _check_arguments(self) -> None:
+        check_reward_arguments(**self._reward_arguments)
         check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
         integers = dict(
             offline_steps=0, random_crop=0, batch_size=1, buffer_size=0, learning_starts=0, gradient_steps=-1, n_steps=1
@@ -214,7 +220,7 @@ class FQL(OffPolicyAlgorithm):
             self.train_freq = (to_int("train_freq", frequency, at_least=1), unit)
         else:
             self.train_freq = to_int("train_freq", self.train_freq, at_least=1)
-        if self.alpha < 0:
+        if not self.alpha >= 0:
             raise ValueError(f"`alpha` must not be negative, it is {self.alpha}")
         if not 0 <= self.random_crop_probability <= 1:
             raise ValueError(f"`random_crop_probability` must be in [0, 1], it is {self.random_crop_probability}")
@@ -227,6 +233,14 @@ class FQL(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
+        # Another may be given to a model that is loaded
+        self.dataset = dataset_name(self.dataset) or self.dataset
+        if self._has_default_replay_buffer and self.replay_buffer_class is NStepReplayBuffer:
+            # Chosen before the model was saved: `n_steps` and `gamma` may be others when it is loaded
+            self.replay_buffer_class = None
+            self.replay_buffer_kwargs = {
+                name: value for name, value in self.replay_buffer_kwargs.items() if name not in ("n_steps", "gamma")
+            }
         super()._setup_model()
         self._create_aliases()
         # Running mean and running var
@@ -239,41 +253,94 @@ class FQL(OffPolicyAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
 
-    def set_dataset(self, dataset: Dataset | list[Dataset], **kwargs) -> None:
+    def set_dataset(
+        self,
+        dataset: Dataset | list[Dataset],
+        validation: Dataset | list[Dataset] | float | None = None,
+        clip_actions: bool = False,
+        device: th.device | str | None = None,
+        **kwargs,
+    ) -> None:
         """
         Load the dataset to learn offline from, in place of the one before.
 
+        ``reward_scale`` and ``reward_shift`` hold for the dataset and for what is collected online alike (they act on the
+        batches, and the logs of episodes have the rewards of the environment). Those of before hold if they are not given.
+
+        With ``need_rewards=False`` the dataset is only cloned: the critics are not trained, and the one-step policy is
+        distilled from the flow without a Q term.
+
         :param dataset: See :func:`sb3_flow.common.datasets.load_dataset`
-        :param kwargs: Keyword arguments to pass to it
+        :param validation: What to hold out, to log its losses (``validation/*``): another dataset, or a fraction, between
+            0 and 1, of the episodes of this one
+        :param clip_actions: Whether to clip actions that are out of the bounds of the action space, instead of refusing
+            the dataset
+        :param device: Device that holds the dataset, that of the model if None. Batches are moved to that of the model:
+            with "cpu", the dataset may be larger than the memory of a GPU.
+        :param kwargs: Keyword arguments to pass to :func:`sb3_flow.common.datasets.load_dataset`
         :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
         """
-        names = [dataset] if isinstance(dataset, (str, Path)) else dataset
-        has_name = isinstance(names, (list, tuple)) and all(isinstance(name, (str, Path)) for name in names)
+        # The task is the same with another dataset
+        kwargs = {name: value for name, value in self.dataset_kwargs.items() if name in REWARD_ARGUMENTS} | kwargs
+        options = dict(clip_actions=clip_actions, device=device) | kwargs
+        buffer, validation_buffer = self._load_buffer(dataset, **options), None
+        remembered: Any = validation
+        if isinstance(validation, (int, float, np.number)):
+            if not 0 < validation < 1:
+                raise ValueError(f"`validation` must be a dataset, or a fraction between 0 and 1, it is {validation}")
+            buffer, validation_buffer = buffer.split(float(validation))
+        elif validation is not None:
+            try:
+                validation_buffer = self._load_buffer(validation, **options)
+            except ValueError as error:
+                raise ValueError(f"`validation`: {error}") from error
+            remembered = dataset_name(validation)
+        self.offline_buffer, self.validation_buffer = buffer, validation_buffer
+        self._has_dataset = True
+        self.learning_starts = 0
+        # Only what can be loaded again is worth remembering
+        self.dataset, self.dataset_kwargs = dataset_name(dataset), dict(validation=remembered) | options
+
+    def _load_buffer(
+        self, dataset: Dataset | list[Dataset], clip_actions: bool, device: th.device | str | None, **kwargs
+    ) -> OfflineBuffer:
+        rewards = {name: kwargs.pop(name) for name in REWARD_ARGUMENTS if name in kwargs}
+        check_reward_arguments(**rewards)
         transitions = load_dataset(dataset, **kwargs)
         observations, next_observations = (
             fit_observations(obs, self.observation_space) for obs in (transitions.observations, transitions.next_observations)
         )
         transitions = replace(transitions, observations=observations, next_observations=next_observations)
         n_stack = self._n_stack(transitions)
-        check_transitions(transitions, self.observation_space, self.action_space, n_stack)
+        check_transitions(transitions, self.observation_space, self.action_space, n_stack, clip_actions)
         # In [-1, 1] inside, as SB3 does, and in single precision. Arrays of the user's own are not touched
         assert isinstance(self.action_space, spaces.Box)
         low, high = self.action_space.low.astype(np.float32), self.action_space.high.astype(np.float32)
-        actions = np.subtract(transitions.actions, low, out=transitions.actions if has_name else None)
+        actions = np.subtract(transitions.actions, low, out=None if dataset_name(dataset) is None else transitions.actions)
         actions *= 2 / (high - low)
         actions -= 1
         np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
         transitions = replace(transitions, actions=actions)
-        self.offline_buffer = OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack)
-        self._has_dataset = True
-        self.learning_starts = 0
-        # Only what can be loaded again is worth remembering
-        self.dataset, self.dataset_kwargs = (dataset, kwargs) if has_name else (None, {})
+        return OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device)
 
     def _load_dataset(self) -> None:
         """After a model was loaded, its dataset is."""
         if self.offline_buffer is None and self.dataset is not None:
-            self.set_dataset(self.dataset, **self.dataset_kwargs)
+            try:
+                self.set_dataset(self.dataset, **self.dataset_kwargs)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{error}. The model learned from it: load it with `dataset=` where the dataset is now, "
+                    "or with `dataset=None` to go on without it"
+                ) from error
+
+    @property
+    def _reward_arguments(self) -> dict[str, Any]:
+        return {name: self.dataset_kwargs.get(name, default) for name, default in REWARD_ARGUMENTS.items()}
+
+    @property
+    def _only_clones(self) -> bool:
+        return self.offline_buffer is not None and not self.dataset_kwargs.get("need_rewards", True)
 
     def _n_stack(self, transitions: Transitions) -> int:
         """Observations are stacked as the environment does it, unless those of the dataset are already."""
@@ -303,23 +370,15 @@ class FQL(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             batch = self._sample(batch_size)
 
-            # The three losses of Alg. 1
-            # Critic: TD learning with the actions of the one-step policy
-            critic_loss, q_values = self._critic_loss(batch)
-            # Flow: behavioral cloning
-            bc_flow_loss = self._bc_flow_loss(batch)
-            # One-step policy: value maximisation and distillation of the flow
-            distill_loss, q_loss = self._actor_losses(batch)
-            loss = critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss
+            loss, values = self._losses(batch)
 
             # The device is waited for once
-            logged.append(th.stack([critic_loss, bc_flow_loss, distill_loss, q_loss, q_values.mean()]).tolist())
+            logged.append(th.stack(list(values.values())).tolist())
             if not np.isfinite(logged[-1]).all():
-                critic, flow, distillation, q, _ = logged[-1]
-                raise ValueError(
-                    f"The loss is not finite (critic: {critic}, flow: {flow}, distillation: {distillation}, Q: {q}): "
-                    "training stopped before it reached the weights"
+                parts = ", ".join(
+                    f"{name.removesuffix('_loss')}: {value}" for name, value in zip(values, logged[-1], strict=True)
                 )
+                raise ValueError(f"The loss is not finite ({parts}): training stopped before it reached the weights")
             self.policy.optimizer.zero_grad()
             loss.backward()
             # The target network follows the weights from before the update, as in the authors' code
@@ -331,9 +390,32 @@ class FQL(OffPolicyAlgorithm):
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        names = ("critic_loss", "bc_flow_loss", "distill_loss", "q_loss", "q_mean")
-        for name, value in zip(names, np.mean(logged, axis=0), strict=True):
+        for name, value in zip(values, np.mean(logged, axis=0), strict=True):
             self.logger.record(f"train/{name}", float(value))
+
+    def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        The three losses of Alg. 1, or those of behavioral cloning only.
+
+        :param batch: Transitions
+        :return: the loss, and what is logged of it
+        """
+        if self._only_clones:
+            bc_flow_loss, (distill_loss, _) = self._bc_flow_loss(batch), self._actor_losses(batch)
+            return bc_flow_loss + distill_loss, dict(bc_flow_loss=bc_flow_loss, distill_loss=distill_loss)
+        # Critic: TD learning with the actions of the one-step policy
+        critic_loss, q_values = self._critic_loss(batch)
+        # Flow: behavioral cloning
+        bc_flow_loss = self._bc_flow_loss(batch)
+        # One-step policy: value maximisation and distillation of the flow
+        distill_loss, q_loss = self._actor_losses(batch)
+        return critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss, dict(
+            critic_loss=critic_loss,
+            bc_flow_loss=bc_flow_loss,
+            distill_loss=distill_loss,
+            q_loss=q_loss,
+            q_mean=q_values.mean(),
+        )
 
     def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -390,7 +472,7 @@ class FQL(OffPolicyAlgorithm):
         n_online = self._n_online()
         if self.offline_buffer is None:
             n_from_replay = batch_size
-        elif n_online == 0:
+        elif n_online == 0 or self._only_clones:
             n_from_replay = 0
         elif self.balanced_sampling:
             n_from_replay = batch_size // 2
@@ -408,9 +490,14 @@ class FQL(OffPolicyAlgorithm):
             assert self.replay_buffer is not None
             parts.append(self.replay_buffer.sample(n_from_replay, env=self._vec_normalize_env))
         batch = parts[0] if len(parts) == 1 else concatenate_samples(parts[0], parts[1], self.gamma)
+        batch = self._prepare(batch)
         if self.random_crop > 0 and th.rand(()) < self.random_crop_probability:
             batch = self._augment(batch)
         return batch
+
+    def _prepare(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> ReplayBufferSamples | DictReplayBufferSamples:
+        """What is done to all transitions, wherever they come from."""
+        return transform_rewards(fill_terminal_observations(batch), self.gamma, **self._reward_arguments)
 
     def _n_online(self) -> int:
         """Number of transitions in the replay buffer that can be sampled."""
@@ -447,8 +534,10 @@ class FQL(OffPolicyAlgorithm):
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
-        :raises ValueError: if there is no dataset, or no environment
+        :raises ValueError: if there is no dataset, or no environment, or an argument is out of its range
         """
+        if gradient_steps < 0:
+            raise ValueError(f"`gradient_steps` must not be negative, it is {gradient_steps}")
         self._learn_offline(gradient_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         return self
 
@@ -467,13 +556,11 @@ class FQL(OffPolicyAlgorithm):
             raise ValueError("There is no dataset: pass `dataset` to the constructor, or call `set_dataset()`")
         if self.env is None:
             raise ValueError("There is no environment: pass `env` to `load()`, or call `set_env()`")
-        if self._vec_normalize_env is not None:
-            self.offline_buffer.fit_normalization(self._vec_normalize_env)
         if progress_bar:
             parts = callback if isinstance(callback, list) else [] if callback is None else [callback]
             callbacks = [part if isinstance(part, BaseCallback) else ConvertCallback(part) for part in parts]
             callback = CallbackList([*callbacks, _GradientStepProgressBar()])
-        total_timesteps, callback = self._setup_learn(gradient_steps, callback, reset_num_timesteps, tb_log_name)
+        total_timesteps, callback = self._setup_learn_offline(gradient_steps, callback, reset_num_timesteps, tb_log_name)
         callback.on_training_start(locals(), globals())
         # What callbacks look for: no episode ends here
         dones = np.zeros(self.n_envs, dtype=bool)
@@ -494,6 +581,45 @@ class FQL(OffPolicyAlgorithm):
         callback.on_training_end()
         return continue_training
 
+    def _setup_learn(self, *args, **kwargs) -> tuple[int, BaseCallback]:
+        for buffer in (self.offline_buffer, self.replay_buffer):
+            if getattr(buffer, "n_steps", 1) > 1:
+                gamma = buffer.gamma  # type: ignore[union-attr]
+                if gamma != self.gamma:
+                    raise ValueError(f"`gamma` is {self.gamma}, but {gamma} in the returns of {type(buffer).__name__}")
+                if gamma == 1 and self._reward_arguments["reward_shift"] != 0:
+                    raise ValueError("`reward_shift` with returns of several steps needs a `gamma` of less than 1")
+        normalization = self._vec_normalize_env
+        if normalization is not None:
+            assert self.env is not None
+            if normalization.norm_reward and self._reward_arguments != REWARD_ARGUMENTS:
+                raise ValueError(
+                    "`reward_scale` and `reward_shift` are for the rewards of the environment, but `VecNormalize` divides "
+                    "them by their own statistics: make it with `norm_reward=False`"
+                )
+            if unwrap_vec_wrapper(normalization, VecFrameStack) is not unwrap_vec_wrapper(self.env, VecFrameStack):
+                raise ValueError("`VecNormalize` must be around `VecFrameStack`, not inside: what is stored is not normalized")
+            if self.offline_buffer is not None:
+                self.offline_buffer.fit_normalization(normalization)
+        return super()._setup_learn(*args, **kwargs)
+
+    def _setup_learn_offline(
+        self, gradient_steps: int, callback: MaybeCallback, reset_num_timesteps: bool, tb_log_name: str
+    ) -> tuple[int, BaseCallback]:
+        """As SB3 does it for ``learn()``, but that the environment is not touched: it is not reset."""
+        if reset_num_timesteps:
+            self.num_timesteps, self._episode_num, self.ep_info_buffer = 0, 0, None
+        has_custom_logger, last_obs = self._custom_logger, self._last_obs
+        if not has_custom_logger:
+            self.set_logger(configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps))
+        if last_obs is None:
+            # Without an observation, or with another number of timesteps, SB3 resets the environment
+            self._last_obs = np.empty(0)
+        try:
+            return self._setup_learn(gradient_steps, callback, reset_num_timesteps=False)
+        finally:
+            self._custom_logger, self._last_obs = has_custom_logger, last_obs
+
     def learn(
         self: SelfFQL,
         total_timesteps: int,
@@ -513,20 +639,32 @@ class FQL(OffPolicyAlgorithm):
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
-        :raises ValueError: if the replay buffer is too small to learn online
+        :raises ValueError: if the replay buffer is too small to learn online, or the dataset has no rewards,
+            or an argument is out of its range
         """
+        if total_timesteps < 0:
+            raise ValueError(f"`total_timesteps` must not be negative, it is {total_timesteps}")
         self._load_dataset()
+        if total_timesteps > 0 and self._only_clones:
+            raise ValueError("With `need_rewards=False` a dataset is only cloned: `learn_offline()` or `learn(0)`, not online")
         if total_timesteps > 1 and self.buffer_size < 2 and self._has_dataset:
             # Enough to learn offline
             raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
         if self._has_dataset and self.offline_buffer is None:
             warnings.warn(
-                "The dataset was given as arrays, which are not saved: call `set_dataset()` to go on learning from it"
+                "The dataset was given as arrays, which are not saved, or it was left out when the model was loaded: "
+                "call `set_dataset()` to go on learning from it"
+            )
+        assert self.replay_buffer is not None
+        if total_timesteps > 0 and self._has_dataset and not self.replay_buffer.handle_timeout_termination:
+            warnings.warn(
+                "With `handle_timeout_termination=False` an episode that ends by its time limit is over for what is collected "
+                "online, but not for the dataset"
             )
         offline_steps = self.offline_steps - self._n_offline_updates
         if offline_steps > 0:
             reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
-            self._steps_after_offline = max(total_timesteps, 0)
+            self._steps_after_offline = total_timesteps
             try:
                 if not self._learn_offline(
                     offline_steps,
@@ -540,7 +678,7 @@ class FQL(OffPolicyAlgorithm):
             finally:
                 self._steps_after_offline = 0
             reset_num_timesteps = False
-        if total_timesteps <= 0:
+        if total_timesteps == 0:
             return self
         return super().learn(
             total_timesteps=total_timesteps,
@@ -550,6 +688,21 @@ class FQL(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    def dump_logs(self) -> None:
+        """
+        Write log data, with the losses of what is held out for validation. Training does not depend on them.
+        """
+        if self.validation_buffer is not None:
+            training = self.policy.training
+            self.policy.set_training_mode(False)
+            devices = [self.device] if self.device.type == "cuda" else []
+            with th.no_grad(), th.random.fork_rng(devices):
+                batch = self._prepare(self.validation_buffer.sample(self.batch_size, env=self._vec_normalize_env))
+                for name, value in self._losses(batch)[1].items():
+                    self.logger.record(f"validation/{name}", value.item())
+            self.policy.set_training_mode(training)
+        super().dump_logs()
 
     def save(
         self,
@@ -569,7 +722,10 @@ class FQL(OffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "bc_flow", "critic", "critic_target", "offline_buffer"]
+        excluded = ["actor", "bc_flow", "critic", "critic_target", "offline_buffer", "validation_buffer"]
+        # Arrays that a loaded model has not been trained on yet
+        excluded += ["dataset"] if dataset_name(self.dataset) is None else []
+        return [*super()._excluded_save_params(), *excluded]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
+from sb3_flow.zoo.runs import Run, SavedModel, latest_run_id, load_pickle, written_whole
 
 
 def load_run(
@@ -43,18 +43,25 @@ def load_run(
     """
     env_name = EnvironmentName(env)
     try:
+        exp_id = exp_id or latest_run_id(Path(folder) / algo, env_name)
         _, model_path, run_folder = get_model_path(exp_id, folder, algo, env_name, load_best)
     except (ValueError, AssertionError) as error:
         raise FileNotFoundError(str(error)) from error
-    parameters_folder = Path(run_folder) / env_name
-    hyperparams, stats_path = get_saved_hyperparams(str(parameters_folder), test_mode=True)
+    run, saved = Run(Path(run_folder)), SavedModel.of(Path(model_path), env_name)
+    latest = run.saved_models()[0]
+    if not load_best and latest != saved:
+        print(f"{latest.path} is later than {saved.path}: sb3-flow train --resume {run.folder} goes on from there")
+    hyperparams, stats_path = get_saved_hyperparams(str(run.folder / env_name), test_mode=True)
     # Those of the command line of the training come first, as they did there
-    args = yaml.unsafe_load((parameters_folder / "args.yml").read_text())
-    env_kwargs = args["env_kwargs"] or hyperparams.pop("env_kwargs", {})
+    env_kwargs = run.args["env_kwargs"] or hyperparams.pop("env_kwargs", {})
     set_random_seed(seed)
     vec_env = create_test_env(
         env, n_envs, stats_path=stats_path, seed=seed, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
     )
+    normalization = unwrap_vec_normalize(vec_env)
+    if normalization is not None and saved.statistics.is_file():
+        # rl-zoo3 takes those of the final model for the best one, too
+        normalization.obs_rms = load_pickle(saved.statistics, VecNormalize).obs_rms
     # Nothing is learned here: schedules are not needed
     custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
     # Nor is a replay buffer
@@ -119,5 +126,6 @@ def evaluate(
         num_timesteps=model.num_timesteps,
         model=str(model_path),
     )
-    (model_path.parent / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    with written_whole(model_path.parent) as unfinished:
+        (unfinished / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -7,6 +7,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
@@ -67,6 +68,7 @@ def open_storage(storage: str) -> BaseStorage:
     :return: the storage, with a heartbeat
     """
     if storage.endswith(".log"):
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
         return JournalHeartbeatStorage(JournalFileBackend(storage))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)

@@ -1,0 +1,1 @@
+"""The commands of ``sb3-flow``, a file for each group of them."""
