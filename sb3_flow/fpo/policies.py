@@ -446,7 +446,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         return actions
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
-        return th.randn((features.shape[0], self.action_net.action_dim), device=features.device)
+        return th.randn((len(features), self.action_net.action_dim), dtype=features.dtype, device=features.device)
 
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
