@@ -453,10 +453,13 @@ class FQL(OffPolicyAlgorithm):
         actions = self.actor.unclipped_actions(batch.observations, noise)
         distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
 
-        # The critics are held fixed
-        self.critic.requires_grad_(False)
+        # The critics are held fixed (some of their parameters may be anyway)
+        trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
         q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
-        self.critic.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         q_loss = -q_values.mean()
         if self.normalize_q_loss:
             q_loss = q_loss / q_values.detach().abs().mean()
