@@ -837,11 +837,62 @@ def test_overridden_extract_features():
         make_policy(ScaledFeatures, ema_decay=0.9)
 
 
-def test_average_of_networks_that_were_replaced():
-    policy = make_policy(ema_decay=0.9)
-    policy.action_net = FlowNetwork(OBS_DIM, ACTION_DIM, [6, 6])
+class Factor(FlattenExtractor):
+    """Without parameters."""
+
+    factor = 1.0
+
+    def forward(self, observations):
+        return self.factor * super().forward(observations)
+
+
+def with_factor(policy):
+    extractor = Factor(policy.observation_space)
+    extractor.factor = 3.0
+    return extractor
+
+
+def other_network(**kwargs):
+    kwargs = dict(activation_fn=nn.SiLU, output_scale=0.25) | kwargs
+    return replace("action_net", lambda policy: FlowNetwork(OBS_DIM, ACTION_DIM, **(dict(net_arch=[6]) | kwargs)))
+
+
+CHANGED_ACTORS = {
+    "layers": other_network(net_arch=[6, 6]),
+    "activation": other_network(activation_fn=nn.Tanh),
+    "output_scale": other_network(output_scale=1.0),
+    "output_scale of the same": replace("action_net", "output_scale", lambda _: 1.0),
+    "same": other_network(),
+    "one layer": lambda policy: policy.action_net.layers.__setitem__(0, nn.Tanh()),
+    "hook": lambda policy: policy.action_net.register_forward_hook(shift),
+    "hook on a layer": lambda policy: policy.action_net.layers[1].register_forward_hook(shift),
+    "own method": replace("action_net", "forward", lambda p: lambda *inputs: 2 * FlowNetwork.forward(p.action_net, *inputs)),
+    "weight_norm": lambda policy: parametrizations.weight_norm(policy.action_net.input_layer),
+    "features": replace("features_extractor", lambda policy: Factor(policy.observation_space)),
+    "features of the same kind": replace("features_extractor", with_factor),
+    "extractor": replace("mlp_extractor", lambda _: CustomNetwork(OBS_DIM, OBS_DIM, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_ACTORS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_average_of_networks_that_were_replaced(name, copied):
+    """Refused, until there is an average of the new ones."""
+    policy = make_policy(ema_decay=0.9, features_extractor_class=Factor)
+    if copied:
+        policy.optimizer = None
+        policy = pickle.loads(pickle.dumps(policy))
+    policy.update_ema()
+    check_actions(policy)
+    CHANGED_ACTORS[name](policy)
     with pytest.raises(ValueError, match=r"call `create_ema\(\)` again"):
         policy.update_ema()
+    with pytest.raises(ValueError, match=r"call `create_ema\(\)` again"):
+        check_actions(policy)
+    if name != "weight_norm":
+        policy.create_ema(0.9)
+        policy.update_ema()
+        check_actions(policy)
 
 
 @pytest.mark.parametrize("dumps", [pickle.dumps, cloudpickle.dumps, None])

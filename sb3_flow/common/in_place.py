@@ -51,7 +51,11 @@ def hidden_attributes(module: nn.Module) -> frozenset[str]:
     return _class_attributes(type(module)).intersection(module.__dict__)
 
 
-def _hooks(module: nn.Module) -> tuple[dict, ...]:
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """
+    :param module: Module
+    :return: its hooks, by the numbers that their handles have
+    """
     return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
@@ -69,7 +73,7 @@ def is_plain(module: nn.Module) -> bool:
         # What is there in place of a method, or of a parameter
         and not hidden_attributes(module)
         and module.__dict__.keys().isdisjoint(module._parameters)
-        and not any(_hooks(module))
+        and not any(hooks_of(module))
         and not _has_any_global_hook()
     )
 
@@ -108,7 +112,7 @@ class PlainMLP:
         self.activations = [ELEMENTWISE[type(function)] or partial(_overwrite, function) for function in functions]
         # What tells whether anything has changed, to be compared in few calls too
         self._modules = [*parents, *layers]
-        self._hooks = [hooks for module in self._modules for hooks in _hooks(module)]
+        self._hooks = [hooks for module in self._modules for hooks in hooks_of(module)]
         self._methods = [(kind, methods_of(kind)) for kind in {*map(type, self._modules)}]
         self._attributes = [module.__dict__ for module in self._modules]
         self._children = [module._modules for module in parents]

@@ -94,6 +94,12 @@ class FlowNetwork(nn.Module):
         self.layers = nn.Sequential(*layers)
         self._memory = Memory()
 
+    def extra_repr(self) -> str:
+        return (
+            f"output_scale={self.output_scale}, skip_connection={self.skip_connection}, "
+            f"prediction_type={self.prediction_type!r}, timestep_embedding_dim={self.timestep_embedding.embedding_dim}"
+        )
+
     def forward_plain(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
         Output of the network, from the concatenation of its inputs.

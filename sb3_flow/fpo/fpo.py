@@ -337,6 +337,9 @@ class FPO(OnPolicyAlgorithm):
         """
         # The policy is created from its arguments again
         self.policy_kwargs = self.policy_kwargs | self.policy.changed_sampler
+        self.ema_decay = None if self.policy.ema is None else self.policy.ema_decay
+        if "ema_decay" in self.policy_kwargs:
+            self.policy_kwargs["ema_decay"] = self.ema_decay
         super().save(path, exclude, include)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from sb3_flow.common.activations import is_transformed
 from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
 from sb3_flow.common.checks import to_float, to_int, to_net_arch
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
-from sb3_flow.common.in_place import Memory, PlainMLP, is_plain, runs_in_place
+from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
@@ -233,7 +234,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
                 sampler=self.sampler,
                 sampler_sigma=self.sampler_sigma,
                 action_perturbation_std=self.action_perturbation_std,
-                ema_decay=self.ema_decay,
+                ema_decay=None if self.ema is None else self.ema_decay,
             )
         )
         return data
@@ -280,24 +281,46 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         self.ema_decay = ema_decay
         self.ema = AveragedModel(self._actor(), multi_avg_fn=partial(_average, decay=ema_decay), use_buffers=True)
         self.ema.requires_grad_(False)
+        self._averaged = _structure(self._actor())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        Copy parameters and buffers from a state dictionary, see ``nn.Module``.
+
+        :param state_dict: Parameters and buffers
+        :param strict: Whether its keys must be those of this policy
+        :param assign: Whether to take its tensors instead of copying them
+        :return: names of missing and unexpected keys
+        :raises ValueError: if it has a moving average and this policy has none, or the other way round
+        """
+        has_average = any(name.startswith("ema.") for name in state_dict)
+        if strict and has_average != (self.ema is not None):
+            found, wanted = ("a", "has none") if has_average else ("no", "has one")
+            raise ValueError(
+                f"What is loaded has {found} moving average of the actor, but this policy {wanted}: `ema_decay` must be "
+                f"{'a number' if has_average else 'None'} here. It can be changed afterwards, by `policy.create_ema()` or "
+                "`policy.ema = None`"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def update_ema(self, restart: bool = False) -> None:
         """
         Update the moving average, after an iteration.
 
         :param restart: Forget the past: make the average equal to the actor
-        :raises ValueError: if the actor has other parameters by now
+        :raises ValueError: if networks of the actor were replaced or changed since there is an average
         """
         assert self.ema is not None, "create_ema() must be called first"
-        actor = self._actor()
-        shapes = [{name: x.shape for name, x in module.named_parameters()} for module in (self.ema.module, actor)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                "The networks of the actor were replaced: call `create_ema()` again, for an average of the new ones"
-            )
+        self._check_average()
         if restart:
             self.ema.n_averaged.zero_()
-        self.ema.update_parameters(actor)
+        self.ema.update_parameters(self._actor())
+
+    def _check_average(self) -> None:
+        if _structure(self._actor()) != self._averaged:
+            raise ValueError(
+                "The networks of the actor were replaced or changed: call `create_ema()` again, for an average of the new ones"
+            )
 
     def _actor(self) -> nn.ModuleList:
         """What acts, with the extractor between features and flow network if it has layers for it."""
@@ -401,6 +424,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def _predicting_actor(self, obs: PyTorchObs) -> tuple[FlowNetwork, th.Tensor]:
         """The flow network that predicts, and the features that it takes."""
+        if self.ema is not None and not is_transformed():
+            self._check_average()
         actor = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
         return cast(FlowNetwork, actor[1]), self._latent_pi(obs, actor)
 
@@ -567,6 +592,26 @@ def _passes_features(mlp_extractor: nn.Module) -> bool:
     if type(mlp_extractor) is not MlpExtractor:
         return False
     return type(mlp_extractor.policy_net) is nn.Sequential and len(mlp_extractor.policy_net) == 0
+
+
+def _structure(actor: nn.ModuleList) -> list[tuple]:
+    """
+    :param actor: The actor
+    :return: what it computes, but for the values of its parameters: its modules and all that their copies do not share
+    """
+    return [
+        (
+            module,
+            type(module),
+            module.extra_repr(),
+            [(name, None if x is None else x.shape) for name, x in module._parameters.items()],
+            [[*hooks] for hooks in hooks_of(module)],
+            # (a compiled one computes the same)
+            {name for name in hidden_attributes(module) if callable(module.__dict__[name])} - {"_compiled_call_impl"},
+        )
+        for child in actor
+        for module in child.modules()
+    ]
 
 
 def _average(averages: list[th.Tensor], values: list[th.Tensor], n_averaged: int, decay: float) -> None:
