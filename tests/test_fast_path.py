@@ -1021,6 +1021,20 @@ def test_exported_policy(policy_class, strict):
     assert_same_outputs(module, actor, th.randn(5, OBS_DIM))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_adaptive_sampler_is_not_traced():
+    """Its steps would be those of the example."""
+    pytest.importorskip("torchdiffeq")
+    actor = Actor(make_policy(sampler="dopri5"))
+    with th.no_grad():
+        with pytest.raises(ValueError, match='The sampler "dopri5" chooses its steps'):
+            th.jit.trace(actor, th.randn(3, OBS_DIM))
+        with pytest.raises(Exception, match='The sampler "dopri5" chooses its steps'):
+            th.export.export(actor, (th.randn(3, OBS_DIM),), strict=False)
+        actor.policy.set_sampler("midpoint", n_flow_steps=3)
+        th.jit.trace(actor, th.randn(3, OBS_DIM), check_trace=False)
+
+
 def test_compiled_network():
     network = FlowNetwork(OBS_DIM, ACTION_DIM, [8, 8])
     features, noise = th.randn(5, OBS_DIM), th.randn(5, ACTION_DIM)

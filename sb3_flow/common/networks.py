@@ -13,7 +13,16 @@ from torch import nn
 from sb3_flow.common.activations import ELEMENTWISE, TanhGELU
 from sb3_flow.common.checks import to_float, to_int
 from sb3_flow.common.flow import sampler_grid, standard_normal_flow, standard_normal_std, timestep_range, to_velocity
-from sb3_flow.common.in_place import PLAIN, EulerIntegrator, Memory, PlainMLP, euler_coefficients, is_plain, methods_of, runs_in_place
+from sb3_flow.common.in_place import (
+    PLAIN,
+    EulerIntegrator,
+    Memory,
+    PlainMLP,
+    euler_coefficients,
+    is_plain,
+    methods_of,
+    runs_in_place,
+)
 from sb3_flow.common.samplers import SAMPLERS, Sigma, VelocityField, euler, unit_variance_field
 
 #: That of Flax

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_flow.common.activations import is_transformed
 from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
-from sb3_flow.common.checks import to_float, to_int, to_net_arch
+from sb3_flow.common.checks import DECAY, NOT_NEGATIVE, POSITIVE, to_bool, to_float, to_int, to_net_arch
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
 from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
@@ -123,28 +124,25 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         action_perturbation_std: float = 0.0,
         ema_decay: float | None = None,
     ):
+        squash_output = to_bool("squash_output", squash_output)
         _check_action_space(action_space, squash_output)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("squash_type", squash_type, SQUASH_TYPES)
         check_sampler(sampler, n_flow_steps, sampler_sigma)
-        action_scale = to_float("action_scale", action_scale)
-        action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std)
+        action_scale = to_float("action_scale", action_scale, POSITIVE)
+        action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std, NOT_NEGATIVE)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
-        if action_perturbation_std < 0:
-            raise ValueError(f"`action_perturbation_std` must not be negative, it is {action_perturbation_std}")
-        if not action_scale > 0:
-            raise ValueError(f"`action_scale` must be positive, it is {action_scale}")
         if action_scale != 1 and not squash_output:
             raise ValueError("`action_scale` needs `squash_output=True`: actions that are clipped are in env units")
 
         # Needed by _build(), which the constructor of the parent calls
-        self.lecun_init = lecun_init
+        self.lecun_init = to_bool("lecun_init", lecun_init)
         self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
         self.prediction_type = prediction_type
         self.timestep_embedding_dim = to_int("timestep_embedding_dim", timestep_embedding_dim)
         self.output_scale = to_float("output_scale", output_scale)
-        self.skip_connection = skip_connection
+        self.skip_connection = to_bool("skip_connection", skip_connection)
         self.sampler = sampler
         self.sampler_sigma = to_float("sampler_sigma", sampler_sigma)
         self.action_perturbation_std = action_perturbation_std
@@ -160,10 +158,10 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             # The flow needs hidden layers to bring its inputs together, also behind a CNN
             dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
             activation_fn,
-            ortho_init,
+            to_bool("ortho_init", ortho_init),
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=features_extractor_kwargs,
-            share_features_extractor=share_features_extractor,
+            share_features_extractor=to_bool("share_features_extractor", share_features_extractor),
             normalize_images=normalize_images,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
@@ -273,9 +271,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
         :param ema_decay: Decay for one update, in (0, 1)
         """
-        ema_decay = to_float("ema_decay", ema_decay)
-        if not 0 < ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be between 0 and 1, it is {ema_decay}")
+        ema_decay = to_float("ema_decay", ema_decay, DECAY)
         if self._overrides_extract_features():
             raise ValueError("`ema_decay` must be None: `extract_features`, which is overridden, would not take the average's")
         self.ema_decay = ema_decay
@@ -605,7 +601,7 @@ def _structure(actor: nn.ModuleList) -> list[tuple]:
             type(module),
             module.extra_repr(),
             [(name, None if x is None else x.shape) for name, x in module._parameters.items()],
-            [[*hooks] for hooks in hooks_of(module)],
+            [*chain(*hooks_of(module))],
             # (a compiled one computes the same)
             {name for name in hidden_attributes(module) if callable(module.__dict__[name])} - {"_compiled_call_impl"},
         )
