@@ -237,6 +237,16 @@ def test_bounds_whose_difference_overflows(dtype):
         assert np.allclose(policy.scale_action(policy.unscale_action(scaled)), scaled)
 
 
+@pytest.mark.parametrize("squash_type", ["tanh", "clip"])
+def test_bounds_that_are_equal(squash_type):
+    action_space = spaces.Box(np.array([-1, 2], np.float32), np.array([1, 2], np.float32))
+    policy = MlpPolicy(Still.observation_space, action_space, lambda _: 1e-3, squash_type=squash_type)
+    actions = np.array([[0.5, 2], [-0.5, 2]], np.float32)
+    with np.errstate(all="raise"):
+        raw = policy.scale_action(actions)
+        assert np.isfinite(raw).all() and np.allclose(policy.unscale_action(raw), actions)
+
+
 @pytest.mark.filterwarnings("error")
 def test_wide_bounds_without_a_warning():
     bounds = spaces.Box(-1e38, 1e38, (2,))

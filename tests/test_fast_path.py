@@ -837,6 +837,19 @@ def test_overridden_extract_features():
         make_policy(ScaledFeatures, ema_decay=0.9)
 
 
+def test_another_kind_of_flow_network():
+    policy = make_policy()
+    policy.action_net = nn.Sequential(nn.Linear(OBS_DIM, ACTION_DIM))
+    obs, zeros = th.zeros(2, OBS_DIM), th.zeros(2, 1, ACTION_DIM)
+    for function in (
+        lambda: policy(obs), lambda: policy.predict(obs.numpy()), lambda: policy.explore(obs, zeros),
+        lambda: policy.evaluate_flow(obs, zeros, zeros, th.zeros(2, 1)), lambda: policy.velocity_field(obs),
+        lambda: policy.create_ema(0.9),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="`action_net` must be a FlowNetwork, it is a Sequential"):
+            function()
+
+
 class Factor(FlattenExtractor):
     """Without parameters."""
 

@@ -94,7 +94,7 @@ def unit_variance_field(field: VelocityField, prediction_type: str) -> VelocityF
 
     They are those of x at both ends, noise and action. What the skip connection adds to the velocity stands still in them, so
     that it is integrated exactly by every sampler with any number of steps (an exponential integrator, Hochbruck and
-    Ostermann, 2010): a new policy is standard normal.
+    Ostermann, 2010): without the layers of the network, and the noise of the "sde" sampler, actions are standard normal.
 
     :param field: Velocity field of x
     :param prediction_type: What the network predicts
