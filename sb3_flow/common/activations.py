@@ -60,8 +60,8 @@ def _is_faster(x: th.Tensor) -> bool:
 
 def is_transformed() -> bool:
     """
-    :return: whether PyTorch does something else with operations than to compute them: it traces, compiles or captures them, there is a
-        function transform (``vmap``, ``jvp``, ...), forward-mode differentiation, or a mode that overrides them
+    :return: whether PyTorch does something else with operations than to compute them: it traces, compiles or captures them,
+        there is a function transform (``vmap``, ``jvp``, ...), forward-mode differentiation, or a mode that overrides them
     """
     return (
         th.compiler.is_compiling()

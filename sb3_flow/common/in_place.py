@@ -7,7 +7,7 @@ This stands in for modules that are called one after the other, where it cannot 
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ _shape = attrgetter("shape")
 METHODS = ("forward", "forward_actor", "forward_critic", "velocity_field")
 
 
-@lru_cache(maxsize=None)
+@cache
 def methods_of(kind: type) -> Callable[[type], Any]:
     """
     :param kind: Class of modules
@@ -38,7 +38,7 @@ def methods_of(kind: type) -> Callable[[type], Any]:
 PLAIN: dict[type, Any] = {kind: methods_of(kind)(kind) for kind in (nn.Linear, nn.Sequential, MlpExtractor, *ELEMENTWISE)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _class_attributes(kind: type) -> frozenset[str]:
     return frozenset(dir(kind))
 
@@ -48,7 +48,7 @@ def hidden_attributes(module: nn.Module) -> frozenset[str]:
     :param module: Module
     :return: names of the methods, and whatever its class has, that are hidden by attributes of its own
     """
-    return _class_attributes(type(module)).intersection(module.__dict__)
+    return _class_attributes(type(module)).intersection(module.__dict__)  # type: ignore[arg-type]
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
@@ -69,7 +69,7 @@ def is_plain(module: nn.Module) -> bool:
         not th.compiler.is_compiling()
         # (first: not all that can be called has methods)
         and type(module) in PLAIN
-        and PLAIN[type(module)] == methods_of(type(module))(type(module))
+        and PLAIN[type(module)] == methods_of(type(module))(type(module))  # type: ignore[arg-type]
         # What is there in place of a method, or of a parameter
         and not hidden_attributes(module)
         and module.__dict__.keys().isdisjoint(module._parameters)
