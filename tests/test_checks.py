@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sb3_flow import FPO, FQL
-from sb3_flow.common.checks import to_float, to_int, to_net_arch
+from sb3_flow.common.checks import to_bool, to_float, to_int, to_net_arch
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.fpo import MlpPolicy
 from sb3_flow.fql import MlpPolicy as FQLMlpPolicy
@@ -60,7 +60,7 @@ def test_not_an_integer(value):
         to_int("name", value)
 
 
-@pytest.mark.parametrize("value", [True, "0.5", None, [0.5], np.ones(2), 2j, th.ones(2)], ids=str)
+@pytest.mark.parametrize("value", [True, "0.5", None, [0.5], np.ones(1), np.ones(2), 2j, th.ones(2)], ids=str)
 def test_not_a_number(value):
     with pytest.raises(ValueError, match="`name` must be a number, it is"):
         to_float("name", value)
@@ -82,6 +82,11 @@ def test_wrong_net_arch(algorithm, net_arch):
         net_arch = dict(pi=[8], qf=next(iter(net_arch.values())))
     with pytest.raises(ValueError, match="`net_arch"):
         algorithm("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=net_arch))
+
+
+def test_wrong_units():
+    with pytest.raises(ValueError, match=r"units of `net_arch` must be an integer, it is \[4\]"):
+        to_net_arch([[4]], ("pi", "vf"))
 
 
 @pytest.mark.parametrize(("algorithm", "key"), [(FPO, "qf"), (FQL, "vf")])
@@ -132,6 +137,72 @@ def test_models_refuse_what_is_no_integer(algorithm, integers, policy_integers, 
         algorithm("MlpPolicy", "Pendulum-v1", device="cpu").policy.set_sampler(n_flow_steps=value)
 
 
+FPO_FLOATS = dict(
+    learning_rate=1e-3, gamma=0.9, gae_lambda=0.9, clip_range=0.1, clip_range_vf=0.2, ent_coef=0.01, vf_coef=0.5,
+    max_grad_norm=0.5, bounds_loss_coef=0.1, cfm_loss_clip=5.0, log_ratio_clip=3.0, ema_decay=0.9, target_kl=0.1,
+)  # fmt: skip
+FPO_POLICY_FLOATS = dict(action_scale=0.5, output_scale=0.25, sampler_sigma=0.05, action_perturbation_std=0.1, ema_decay=0.9)
+FQL_FLOATS = dict(learning_rate=1e-3, alpha=10.0, tau=0.1, gamma=0.9, random_crop_probability=0.5)
+FLOATS = [(FPO, FPO_FLOATS, FPO_POLICY_FLOATS), (FQL, FQL_FLOATS, {})]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.array, th.tensor])
+@pytest.mark.parametrize(("algorithm", "floats", "policy_floats"), FLOATS)
+def test_models_take_floats_of_any_kind(algorithm, floats, policy_floats, kind):
+    kwargs = {name: kind(value) for name, value in floats.items()}
+    policy_kwargs = {name: kind(value) for name, value in policy_floats.items()}
+    model = algorithm("MlpPolicy", "Pendulum-v1", device="cpu", policy_kwargs=policy_kwargs, **kwargs)
+    for instance, values in ((model, floats), (model.policy, policy_floats)):
+        for name, value in values.items():
+            if not name.startswith("clip_range"):
+                assert type(getattr(instance, name)) is float and np.isclose(getattr(instance, name), value)
+
+
+@pytest.mark.parametrize("value", ["0.5", [0.5], True, np.nan, -0.9])
+@pytest.mark.parametrize(("algorithm", "floats", "policy_floats"), FLOATS)
+def test_models_refuse_what_is_no_float(algorithm, floats, policy_floats, value):
+    for name in floats:
+        if not (name == "ent_coef" and value == -0.9):
+            with pytest.raises(ValueError, match=f"`{name}` must "):
+                algorithm("MlpPolicy", "Pendulum-v1", **{name: value})
+    for name in policy_floats:
+        if not (name == "output_scale" and value == -0.9):
+            with pytest.raises(ValueError, match=f"`{name}` must "):
+                algorithm("MlpPolicy", "Pendulum-v1", policy_kwargs={name: value})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kwargs"), [(FQL, dict(gamma=2)), (FQL, dict(tau=2)), (FPO, dict(gamma=1.1)), (FPO, dict(gae_lambda=2))]
+)
+def test_fractions(algorithm, kwargs):
+    with pytest.raises(ValueError, match=f"`{next(iter(kwargs))}` must be in \\[0, 1\\], it is"):
+        algorithm("MlpPolicy", "Pendulum-v1", **kwargs)
+
+
+@pytest.mark.parametrize("algorithm", [FPO, FQL])
+def test_stats_window_size(algorithm):
+    model = algorithm("MlpPolicy", "Pendulum-v1", stats_window_size=np.int64(7))
+    assert type(model._stats_window_size) is int
+    with pytest.raises(ValueError, match="`stats_window_size` must be an integer"):
+        algorithm("MlpPolicy", "Pendulum-v1", stats_window_size=2.5)
+
+
+def test_booleans():
+    assert to_bool("name", np.bool_(True)) is True and to_bool("name", False) is False
+    for name in ("normalize_advantage", "positive_advantage"):
+        with pytest.raises(ValueError, match=f"`{name}` must be True or False, it is 'False'"):
+            FPO("MlpPolicy", "Pendulum-v1", **{name: "False"})
+    for name in ("squash_output", "skip_connection", "lecun_init", "ortho_init", "share_features_extractor"):
+        with pytest.raises(ValueError, match=f"`{name}` must be True or False, it is 'False'"):
+            FPO("MlpPolicy", "Pendulum-v1", policy_kwargs={name: "False"})
+    for name in ("normalize_q_loss", "balanced_sampling"):
+        with pytest.raises(ValueError, match=f"`{name}` must be True or False, it is 'False'"):
+            FQL("MlpPolicy", "Pendulum-v1", **{name: "False"})
+    for name in ("layer_norm", "share_features_extractor"):
+        with pytest.raises(ValueError, match=f"`{name}` must be True or False, it is 'False'"):
+            FQL("MlpPolicy", "Pendulum-v1", policy_kwargs={name: "False"})
+
+
 class Still(gym.Env):
     observation_space = spaces.Box(-1, 1, (2,))
 
@@ -164,6 +235,16 @@ def test_bounds_whose_difference_overflows(dtype):
     with np.errstate(over="raise", invalid="raise"):
         assert action_space.contains(policy.predict(np.zeros(2, np.float32))[0])
         assert np.allclose(policy.scale_action(policy.unscale_action(scaled)), scaled)
+
+
+@pytest.mark.parametrize("squash_type", ["tanh", "clip"])
+def test_bounds_that_are_equal(squash_type):
+    action_space = spaces.Box(np.array([-1, 2], np.float32), np.array([1, 2], np.float32))
+    policy = MlpPolicy(Still.observation_space, action_space, lambda _: 1e-3, squash_type=squash_type)
+    actions = np.array([[0.5, 2], [-0.5, 2]], np.float32)
+    with np.errstate(all="raise"):
+        raw = policy.scale_action(actions)
+        assert np.isfinite(raw).all() and np.allclose(policy.unscale_action(raw), actions)
 
 
 @pytest.mark.filterwarnings("error")

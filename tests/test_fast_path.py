@@ -29,7 +29,7 @@ from sb3_flow.common.flow import (
     to_velocity,
 )
 from sb3_flow.common.in_place import EulerIntegrator
-from sb3_flow.common.networks import EnsembleMLP, FlowNetwork
+from sb3_flow.common.networks import LARGEST_KEPT_BATCH, EnsembleMLP, FlowNetwork
 from sb3_flow.common.samplers import SAMPLERS, unit_variance_field
 from sb3_flow.fpo import MlpPolicy
 from sb3_flow.fql import MlpPolicy as FQLMlpPolicy
@@ -583,6 +583,9 @@ def test_values_are_the_same_everywhere(activation_fn, vf, share, change, interv
     rng = np.random.default_rng(seed)
     kwargs = dict(features_extractor_class=LearnedExtractor, share_features_extractor=share)
     policy = make_policy(net_arch=dict(pi=[6], vf=vf), activation_fn=activation_fn, **kwargs)
+    # (also the last bias: units may be dead)
+    for module in (policy.mlp_extractor, policy.value_net):
+        randomize(module, rng)
     before = check_values(policy)
     for module in (policy.mlp_extractor, policy.value_net):
         change(module, rng)
@@ -687,6 +690,10 @@ def replace(*path):
     return function
 
 
+def scaled(method):
+    return lambda self, features: 2 * method(self, features) + 1
+
+
 REPLACEMENTS = {
     "value_net": replace("value_net", lambda _: nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 1))),
     "value_net, normalised": replace("value_net", lambda _: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1))),
@@ -702,10 +709,96 @@ REPLACEMENTS = {
     "hook on the features": lambda policy: policy.features_extractor.register_forward_hook(shift),
     "features": replace("features_extractor", lambda policy: LearnedExtractor(policy.observation_space)),
     "compiled": replace("value_net", "_compiled_call_impl", lambda p: lambda x: p.value_net.forward(x) + 0.4),
+    "own method for values": replace(
+        "mlp_extractor", "forward_critic", lambda p: partial(scaled(MlpExtractor.forward_critic), p.mlp_extractor)
+    ),
     "own method": replace(
         "mlp_extractor", "forward", lambda p: lambda features: (features, 2 * p.mlp_extractor.forward_critic(features))
     ),
 }
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", ["forward_actor", "forward_critic"])
+def test_replaced_method_of_the_class(name, share, monkeypatch):
+    """Before and after the first call."""
+    policy = make_policy(share_features_extractor=share)
+    values, actions = check_values(policy), check_actions(policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlpExtractor, name, scaled(getattr(MlpExtractor, name)))
+        assert th.equal(check_values(policy), values) == (name == "forward_actor")
+        assert np.array_equal(check_actions(policy), actions) == (name == "forward_critic")
+        other = make_policy(share_features_extractor=share)
+        other.load_state_dict(policy.state_dict())
+        assert th.equal(check_values(other), check_values(policy))
+    assert th.equal(check_values(policy), values) and np.array_equal(check_actions(policy), actions)
+
+
+@pytest.mark.parametrize("name", ["velocity_field", "forward"])
+def test_own_method_of_the_flow_network(name):
+    policy = make_policy()
+    before = check_actions(policy)
+    method = getattr(policy.action_net, name)
+    fields = dict(
+        velocity_field=lambda features, n: lambda x, t: method(features, n)(x, t) + 1,
+        forward=lambda *inputs: method(*inputs) + 1,
+    )
+    setattr(policy.action_net, name, fields[name])
+    assert not np.allclose(check_actions(policy), before)
+
+
+def test_weights_of_another_shape():
+    """Transposed, or with fewer units, behind the parameters."""
+    policy = make_policy(net_arch=dict(pi=[14, 14], vf=[OBS_DIM, 6]))
+    before, values = check_actions(policy), check_values(policy)
+    for layer in (policy.action_net.input_layer, policy.mlp_extractor.value_net[0]):
+        layer.weight.data = layer.weight.data.t()
+    assert not np.allclose(check_actions(policy), before) and not th.allclose(check_values(policy), values)
+    first, _, second, *_ = [policy.action_net.input_layer, *policy.action_net.layers]
+    before = check_actions(policy)
+    first.weight.data, first.bias.data, second.weight.data = first.weight[:9], first.bias[:9], second.weight[:, :9]
+    assert not np.allclose(check_actions(policy), before)
+
+
+@pytest.mark.parametrize("convert", [lambda module: th.jit.trace(module, th.ones(1, 6)), th.jit.script])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traced_or_scripted_value_network(convert):
+    policy = make_policy()
+    before = check_values(policy)
+    policy.value_net = convert(policy.value_net)
+    assert th.equal(check_values(policy), before)
+    check_actions(policy)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_policy_in_double_precision(deterministic):
+    class Double(FlattenExtractor):
+        def forward(self, observations):
+            return super().forward(observations).double()
+
+    policy = make_policy(features_extractor_class=Double).double()
+    for mode in (th.no_grad, th.enable_grad):
+        with mode():
+            actions, values, _ = policy(th.randn(3, OBS_DIM), deterministic)
+            assert actions.dtype is values.dtype is th.float64
+
+
+def test_memory_of_large_batches_is_not_kept():
+    network = FlowNetwork(OBS_DIM, ACTION_DIM, [6])
+    with th.no_grad():
+        for batch_size, is_kept in ((LARGEST_KEPT_BATCH + 1, False), (LARGEST_KEPT_BATCH, True)):
+            features, noise = th.randn(batch_size, OBS_DIM), th.randn(batch_size, ACTION_DIM)
+            th.testing.assert_close(network.sample(features, noise, 2), plain_sample(network, features, noise, 2))
+            assert has_memory(network) == is_kept
+
+
+def test_not_in_place_while_a_graph_is_captured(monkeypatch):
+    network = FlowNetwork(OBS_DIM, ACTION_DIM, [6])
+    monkeypatch.setattr(th.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(th.cuda, "is_current_stream_capturing", lambda: True)
+    with th.no_grad():
+        network.sample(th.randn(5, OBS_DIM), th.randn(5, ACTION_DIM), 3)
+    assert not has_memory(network)
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
@@ -744,11 +837,75 @@ def test_overridden_extract_features():
         make_policy(ScaledFeatures, ema_decay=0.9)
 
 
-def test_average_of_networks_that_were_replaced():
-    policy = make_policy(ema_decay=0.9)
-    policy.action_net = FlowNetwork(OBS_DIM, ACTION_DIM, [6, 6])
+def test_another_kind_of_flow_network():
+    policy = make_policy()
+    policy.action_net = nn.Sequential(nn.Linear(OBS_DIM, ACTION_DIM))
+    obs, zeros = th.zeros(2, OBS_DIM), th.zeros(2, 1, ACTION_DIM)
+    for function in (
+        lambda: policy(obs), lambda: policy.predict(obs.numpy()), lambda: policy.explore(obs, zeros),
+        lambda: policy.evaluate_flow(obs, zeros, zeros, th.zeros(2, 1)), lambda: policy.velocity_field(obs),
+        lambda: policy.create_ema(0.9),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="`action_net` must be a FlowNetwork, it is a Sequential"):
+            function()
+
+
+class Factor(FlattenExtractor):
+    """Without parameters."""
+
+    factor = 1.0
+
+    def forward(self, observations):
+        return self.factor * super().forward(observations)
+
+
+def with_factor(policy):
+    extractor = Factor(policy.observation_space)
+    extractor.factor = 3.0
+    return extractor
+
+
+def other_network(**kwargs):
+    kwargs = dict(activation_fn=nn.SiLU, output_scale=0.25) | kwargs
+    return replace("action_net", lambda policy: FlowNetwork(OBS_DIM, ACTION_DIM, **(dict(net_arch=[6]) | kwargs)))
+
+
+CHANGED_ACTORS = {
+    "layers": other_network(net_arch=[6, 6]),
+    "activation": other_network(activation_fn=nn.Tanh),
+    "output_scale": other_network(output_scale=1.0),
+    "output_scale of the same": replace("action_net", "output_scale", lambda _: 1.0),
+    "same": other_network(),
+    "one layer": lambda policy: policy.action_net.layers.__setitem__(0, nn.Tanh()),
+    "hook": lambda policy: policy.action_net.register_forward_hook(shift),
+    "hook on a layer": lambda policy: policy.action_net.layers[1].register_forward_hook(shift),
+    "own method": replace("action_net", "forward", lambda p: lambda *inputs: 2 * FlowNetwork.forward(p.action_net, *inputs)),
+    "weight_norm": lambda policy: parametrizations.weight_norm(policy.action_net.input_layer),
+    "features": replace("features_extractor", lambda policy: Factor(policy.observation_space)),
+    "features of the same kind": replace("features_extractor", with_factor),
+    "extractor": replace("mlp_extractor", lambda _: CustomNetwork(OBS_DIM, OBS_DIM, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_ACTORS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_average_of_networks_that_were_replaced(name, copied):
+    """Refused, until there is an average of the new ones."""
+    policy = make_policy(ema_decay=0.9, features_extractor_class=Factor)
+    if copied:
+        policy.optimizer = None
+        policy = pickle.loads(pickle.dumps(policy))
+    policy.update_ema()
+    check_actions(policy)
+    CHANGED_ACTORS[name](policy)
     with pytest.raises(ValueError, match=r"call `create_ema\(\)` again"):
         policy.update_ema()
+    with pytest.raises(ValueError, match=r"call `create_ema\(\)` again"):
+        check_actions(policy)
+    if name != "weight_norm":
+        policy.create_ema(0.9)
+        policy.update_ema()
+        check_actions(policy)
 
 
 @pytest.mark.parametrize("dumps", [pickle.dumps, cloudpickle.dumps, None])
@@ -875,6 +1032,20 @@ def test_exported_policy(policy_class, strict):
     module = program.module()
     module.load_state_dict(actor.state_dict(), strict=False)
     assert_same_outputs(module, actor, th.randn(5, OBS_DIM))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_adaptive_sampler_is_not_traced():
+    """Its steps would be those of the example."""
+    pytest.importorskip("torchdiffeq")
+    actor = Actor(make_policy(sampler="dopri5"))
+    with th.no_grad():
+        with pytest.raises(ValueError, match='The sampler "dopri5" chooses its steps'):
+            th.jit.trace(actor, th.randn(3, OBS_DIM))
+        with pytest.raises(Exception, match='The sampler "dopri5" chooses its steps'):
+            th.export.export(actor, (th.randn(3, OBS_DIM),), strict=False)
+        actor.policy.set_sampler("midpoint", n_flow_steps=3)
+        th.jit.trace(actor, th.randn(3, OBS_DIM), check_trace=False)
 
 
 def test_compiled_network():

@@ -1065,3 +1065,25 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"The loss is not finite \(critic: nan"):
         model.learn_offline(1)
     assert not changed(model.policy.actor, before)
+
+
+class PartlyFrozen(FlattenExtractor):
+    """With a layer that is not trained."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.layer = th.nn.Linear(3, 3).requires_grad_(False)
+
+    def forward(self, observations):
+        return self.layer(super().forward(observations))
+
+
+def test_what_is_frozen_of_the_critics_stays_frozen():
+    kwargs = dict(net_arch=[4, 4], features_extractor_class=PartlyFrozen)
+    model = FQL("MlpPolicy", "Pendulum-v1", batch_size=4, learning_starts=4, device="cpu", policy_kwargs=kwargs)
+    model.critic.q_networks.weights[0].requires_grad_(False)
+    before = {name: (x.clone(), x.requires_grad) for name, x in model.critic.named_parameters()}
+    model.learn(10)
+    for name, parameter in model.critic.named_parameters():
+        value, requires_grad = before[name]
+        assert parameter.requires_grad == requires_grad and th.equal(parameter, value) != requires_grad

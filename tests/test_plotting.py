@@ -75,6 +75,21 @@ def test_paths_end_where_the_policy_acts(squash_output):
     assert np.allclose(np.clip(paths[-1], Reach.action_space.low, Reach.action_space.high), actions, atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction_type", ["velocity", "noise", "action"])
+def test_paths_of_a_skip_connection(prediction_type):
+    """With few steps too, they go where the policy acts, and its standard deviation is theirs."""
+    flow_kwargs = dict(skip_connection=True, prediction_type=prediction_type, squash_output=False, n_flow_steps=5)
+    model = FPO("MlpPolicy", Reach(), policy_kwargs=flow_kwargs, **KWARGS)
+    th.manual_seed(0)
+    paths = flow_paths(model, np.zeros(3, "f4"), n_samples=1000, n_times=5)
+    th.manual_seed(0)
+    samples = model.policy._predict(th.zeros(1000, 3)).detach().numpy()
+    assert np.allclose(paths[-1], samples, atol=1e-4)
+    if prediction_type == "velocity":
+        expected = [(t**2 + (1 - t) ** 2) ** 0.5 for t in np.linspace(1, 0, 6)]
+        assert np.allclose(paths.std(axis=(1, 2)), expected, rtol=0.1)
+
+
 def test_plot_flow_errors(tmp_path):
     with pytest.raises(ValueError, match="PPO has no flow to draw"):
         plot_flow(PPO("MlpPolicy", "Pendulum-v1", device="cpu"), np.zeros(3, "f4"), tmp_path / "flow.png")

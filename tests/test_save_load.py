@@ -110,3 +110,29 @@ def test_save_load_policy(tmp_path, policy_class):
                  "prediction_type", "sampler", "sampler_sigma", "squash_output", "action_scale",
                  "share_features_extractor"):  # fmt: skip
         assert getattr(loaded, name) == getattr(policy, name)
+
+
+def test_moving_average_that_was_changed_is_saved(tmp_path):
+    for kwargs in (dict(), dict(ema_decay=0.9), dict(policy_kwargs=dict(net_arch=[8], ema_decay=0.9))):
+        model = make_model(**kwargs)
+        for ema_decay in (0.5, None):
+            if ema_decay is None:
+                model.policy.ema = None
+            else:
+                model.policy.create_ema(ema_decay)
+                model.learn(64)
+            model.save(tmp_path / "model")
+            loaded = FPO.load(tmp_path / "model", device="cpu")
+            assert loaded.ema_decay == ema_decay and (loaded.policy.ema is None) == (ema_decay is None)
+            assert_same_weights(model, loaded)
+            assert_same_predictions(model, loaded)
+
+
+def test_moving_average_of_only_one(tmp_path):
+    make_model(ema_decay=0.9).save(tmp_path / "with")
+    make_model().save(tmp_path / "without")
+    assert FPO.load(tmp_path / "with", ema_decay=0.5).policy.ema_decay == 0.5
+    with pytest.raises(ValueError, match="has a moving average of the actor, but this policy has none: `ema_decay` must be a"):
+        FPO.load(tmp_path / "with", ema_decay=None)
+    with pytest.raises(ValueError, match="has no moving average of the actor, but this policy has one: `ema_decay` must be N"):
+        FPO.load(tmp_path / "without", ema_decay=0.9)

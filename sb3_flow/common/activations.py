@@ -60,8 +60,8 @@ def _is_faster(x: th.Tensor) -> bool:
 
 def is_transformed() -> bool:
     """
-    :return: whether PyTorch does something else with operations than to compute them: it traces or compiles them, there is a
-        function transform (``vmap``, ``jvp``, ...), forward-mode differentiation, or a mode that overrides them
+    :return: whether PyTorch does something else with operations than to compute them: it traces, compiles or captures them,
+        there is a function transform (``vmap``, ``jvp``, ...), forward-mode differentiation, or a mode that overrides them
     """
     return (
         th.compiler.is_compiling()
@@ -70,6 +70,7 @@ def is_transformed() -> bool:
         or forward_ad._current_level >= 0
         or th._C._len_torch_function_stack() > 0
         or th._C._len_torch_dispatch_stack() > 0
+        or (th.cuda.is_initialized() and th.cuda.is_current_stream_capturing())
     )
 
 

@@ -39,10 +39,10 @@ class RescaledActionsPolicy(BasePolicy):
         Rescale the action from [low, high] to [-1, 1]
 
         :param action: Action to scale
-        :return: Scaled action
+        :return: Scaled action, zero where the bounds are equal
         """
         middle, half_range = middle_and_half_range(self.action_space)  # type: ignore[arg-type]
-        return (action - middle) / half_range
+        return (action - middle) / np.where(half_range > 0, half_range, np.inf)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """

@@ -1,8 +1,9 @@
 """Checks of arguments that several classes take."""
 
+import math
 import operator
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,19 +29,68 @@ def to_int(name: str, value: Any, at_least: int | None = None) -> int:
     return integer
 
 
-def to_float(name: str, value: Any) -> float:
+class Range(NamedTuple):
+    """What an argument may be, as error messages say it."""
+
+    description: str
+    contains: Callable[[float], bool]
+
+
+FINITE = Range("be finite", math.isfinite)
+NOT_NEGATIVE = Range("not be negative", lambda x: 0 <= x < math.inf)
+POSITIVE = Range("be positive", lambda x: x > 0)
+FRACTION = Range("be in [0, 1]", lambda x: 0 <= x <= 1)
+DECAY = Range("be between 0 and 1", lambda x: 0 < x < 1)
+
+
+def to_float(name: str, value: Any, allowed: Range = FINITE) -> float:
     """
     :param name: Name of the argument, for the error message
     :param value: A number of any kind: of Python, NumPy or PyTorch
+    :param allowed: What it may be
     :return: the same as a ``float``
-    :raises ValueError: if it is not a number
+    :raises ValueError: if it is not a number, or out of this range
     """
     try:
-        if isinstance(value, (bool, np.bool_, str)):
+        if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "ndim", 0) > 0:
             raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"`{name}` must be a number, it is {value!r}") from None
+    if not allowed.contains(number):
+        raise ValueError(f"`{name}` must {allowed.description}, it is {value}")
+    return number
+
+
+def check_floats(
+    instance: Any, allowed: dict[str, Range], optional: Iterable[str] = (), schedules: Iterable[str] = ()
+) -> None:
+    """
+    Make attributes floats, see :func:`to_float`.
+
+    :param instance: What has them
+    :param allowed: What each of them may be
+    :param optional: Those that may be None
+    :param schedules: Those that may be functions
+    :raises ValueError: if one of them is not a number, or out of its range
+    """
+    for name, range_ in allowed.items():
+        value = getattr(instance, name)
+        if (value is None and name in optional) or (callable(value) and name in schedules):
+            continue
+        setattr(instance, name, to_float(name, value, range_))
+
+
+def to_bool(name: str, value: Any) -> bool:
+    """
+    :param name: Name of the argument, for the error message
+    :param value: True or False, of Python or NumPy
+    :return: the same as a ``bool``
+    :raises ValueError: if it is something else, as the string "False", which counts as true
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` must be True or False, it is {value!r}")
+    return bool(value)
 
 
 def to_net_arch(net_arch: Any, keys: tuple[str, str], name: str = "net_arch") -> list[int] | dict[str, list[int]]:
@@ -60,4 +110,11 @@ def to_net_arch(net_arch: Any, keys: tuple[str, str], name: str = "net_arch") ->
         return {key: to_net_arch(units, keys, f"{name}[{key!r}]") for key, units in net_arch.items()}  # type: ignore[misc]
     if isinstance(net_arch, str) or not isinstance(net_arch, Iterable):
         raise ValueError(f"`{name}` must be a list of the units of each layer, it is {net_arch!r}")
-    return [to_int(name, units, at_least=1) for units in net_arch]
+    return [_to_units(name, units) for units in net_arch]
+
+
+def _to_units(name: str, units: Any) -> int:
+    try:
+        return to_int(name, units, at_least=1)
+    except ValueError as error:
+        raise ValueError(f"units of {error}") from None

@@ -186,8 +186,8 @@ def draw_pairs(
     :param action_dim: Number of action dimensions
     :param n_mc_samples: Number of pairs for each action
     :param sampling: "independent", or "stratified" for less variance: the timesteps are in as many equally likely parts of
-        [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise. All pairs of an
-        action together have the distribution of independent ones, a single one has the timesteps of its part only.
+        [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise. A pair picked
+        at random among those of an action is distributed as an independent one, the first, second, ... are not.
     :param distribution: "grid" draws timesteps from those that the sampler visits (as the authors' code does),
         "uniform" from [0, 1] (as the paper is written), and "importance" those of the grid with a probability proportional
         to the square root of the weight that their squared error has, which makes the losses of all of them about as large

@@ -7,7 +7,8 @@ This stands in for modules that are called one after the other, where it cannot 
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from operator import attrgetter
 from typing import Any, cast
 
 import torch as th
@@ -19,31 +20,60 @@ from sb3_flow.common.activations import ELEMENTWISE, is_transformed
 from sb3_flow.common.flow import sampler_grid, standard_normal_std, timestep_range, to_velocity
 
 Activation = Callable[[th.Tensor], th.Tensor]
-#: Modules whose computation is known, with their ``forward`` (which somebody may replace)
-FORWARD: dict[type, Any] = {
-    nn.Linear: nn.Linear.forward,
-    nn.Sequential: nn.Sequential.forward,
-    MlpExtractor: MlpExtractor.forward,
-    **{kind: kind.forward for kind in ELEMENTWISE},
-}
+_shape = attrgetter("shape")
+#: Methods that the computation of a module may be made of
+METHODS = ("forward", "forward_actor", "forward_critic", "velocity_field")
 
 
-def _hooks(module: nn.Module) -> tuple[dict, ...]:
+@cache
+def methods_of(kind: type) -> Callable[[type], Any]:
+    """
+    :param kind: Class of modules
+    :return: function that gives what the class has for ``METHODS``, in one call
+    """
+    return attrgetter(*(name for name in METHODS if hasattr(kind, name)))
+
+
+#: Modules whose computation is known, with their methods (which somebody may replace)
+PLAIN: dict[type, Any] = {kind: methods_of(kind)(kind) for kind in (nn.Linear, nn.Sequential, MlpExtractor, *ELEMENTWISE)}
+
+
+@cache
+def _class_attributes(kind: type) -> frozenset[str]:
+    return frozenset(dir(kind))
+
+
+def hidden_attributes(module: nn.Module) -> frozenset[str]:
+    """
+    :param module: Module
+    :return: names of the methods, and whatever its class has, that are hidden by attributes of its own
+    """
+    return _class_attributes(type(module)).intersection(module.__dict__)  # type: ignore[arg-type]
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """
+    :param module: Module
+    :return: its hooks, by the numbers that their handles have
+    """
     return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
 def is_plain(module: nn.Module) -> bool:
     """
     :param module: Module
-    :return: whether calling it is nothing but the ``forward`` of a class whose computation is known. Not if it has hooks, is
+    :return: whether calling it is nothing but the methods of a class whose computation is known. Not if it has hooks, is
         compiled, or is of a subclass, as what is parametrized or quantized is.
     """
     return (
         not th.compiler.is_compiling()
-        and FORWARD.get(type(module)) is type(module).forward
-        # What is there in place of the method, or of the parameters
-        and module.__dict__.keys().isdisjoint(("forward", "_compiled_call_impl", "weight", "bias"))
-        and not any(_hooks(module))
+        # (first: not all that can be called has methods)
+        and type(module) in PLAIN
+        and PLAIN[type(module)] == methods_of(type(module))(type(module))  # type: ignore[arg-type]
+        # What is there in place of a method, or of a parameter
+        and not hidden_attributes(module)
+        and module.__dict__.keys().isdisjoint(module._parameters)
+        and not any(hooks_of(module))
         and not _has_any_global_hook()
     )
 
@@ -82,7 +112,8 @@ class PlainMLP:
         self.activations = [ELEMENTWISE[type(function)] or partial(_overwrite, function) for function in functions]
         # What tells whether anything has changed, to be compared in few calls too
         self._modules = [*parents, *layers]
-        self._hooks = [hooks for module in self._modules for hooks in _hooks(module)]
+        self._hooks = [hooks for module in self._modules for hooks in hooks_of(module)]
+        self._methods = [(kind, methods_of(kind)) for kind in {*map(type, self._modules)}]
         self._attributes = [module.__dict__ for module in self._modules]
         self._children = [module._modules for module in parents]
         self._parameters = [linear._parameters for linear in linears]
@@ -111,11 +142,10 @@ class PlainMLP:
         return PlainMLP([*parents, *(part for part in parts if type(part) is nn.Sequential)], layers)
 
     def _get_state(self) -> tuple[list, ...]:
-        kinds: list[Any] = [*map(type, self._modules)]
         parameters = [*itertools.chain.from_iterable([parameters.values() for parameters in self._parameters])]
         return (
-            kinds,
-            [kind.forward for kind in kinds],
+            [*map(type, self._modules)],
+            [get(kind) for kind, get in self._methods],
             # One more if one of them hides something else
             [*map(len, self._attributes)],
             [*itertools.chain.from_iterable([children.values() for children in self._children])],
@@ -172,7 +202,6 @@ class EulerIntegrator:
         n_inputs = action_dim + times_dim
         # Views, see has_changed()
         self.weight_features, weight = mlp.weights[0].detach().tensor_split([-n_inputs], dim=1)
-        self.data_ptr = mlp.weights[0].data_ptr()
         self.from_features = times.new_empty(hidden[0], batch_size)
 
         # Copies of the weights with their biases, and of the last ones times alpha, which may be the same for all steps
@@ -180,6 +209,7 @@ class EulerIntegrator:
         copies = [times.new_empty(weight.shape[0], weight.shape[1] + 1) for weight in weights]
         self.copies = [view for copy in copies for view in (copy[:, :-1], copy[:, -1])]
         self.parameters = [parameter for layer in zip(weights, mlp.biases, strict=True) for parameter in layer]
+        self._layout = self._get_layout()
         first, *others, self.last = copies
         alphas = times.new_tensor([alpha for alpha, _ in scales])
         self.alphas = alphas.view(-1, 1, 1)[: 1 if (alphas == alphas[0]).all() else n_steps]
@@ -208,7 +238,12 @@ class EulerIntegrator:
 
     def has_changed(self) -> bool:
         """:return: whether it must be made again"""
-        return self.mlp.has_changed() or self.mlp.weights[0].data_ptr() != self.data_ptr
+        return self.mlp.has_changed() or self._get_layout() != self._layout
+
+    def _get_layout(self) -> list:
+        """What views of the first weights and memory to work in depend on, which may change behind the parameters."""
+        first, *others = self.mlp.weights
+        return [first.data_ptr(), first.stride(), *map(_shape, (first, *others, *self.mlp.biases))]
 
     def __call__(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """

@@ -13,11 +13,22 @@ from torch import nn
 from sb3_flow.common.activations import ELEMENTWISE, TanhGELU
 from sb3_flow.common.checks import to_float, to_int
 from sb3_flow.common.flow import sampler_grid, standard_normal_flow, standard_normal_std, timestep_range, to_velocity
-from sb3_flow.common.in_place import FORWARD, EulerIntegrator, Memory, PlainMLP, euler_coefficients, is_plain, runs_in_place
+from sb3_flow.common.in_place import (
+    PLAIN,
+    EulerIntegrator,
+    Memory,
+    PlainMLP,
+    euler_coefficients,
+    is_plain,
+    methods_of,
+    runs_in_place,
+)
 from sb3_flow.common.samplers import SAMPLERS, Sigma, VelocityField, euler, unit_variance_field
 
 #: That of Flax
 LAYER_NORM_EPS = 1e-6
+# Memory to work in is not kept for the next call beyond this: then it is large, and made in a small part of the time
+LARGEST_KEPT_BATCH = 4096
 
 
 class TimestepEmbedding(nn.Module):
@@ -91,6 +102,12 @@ class FlowNetwork(nn.Module):
         self.input_layer = input_layer
         self.layers = nn.Sequential(*layers)
         self._memory = Memory()
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_scale={self.output_scale}, skip_connection={self.skip_connection}, "
+            f"prediction_type={self.prediction_type!r}, timestep_embedding_dim={self.timestep_embedding.embedding_dim}"
+        )
 
     def forward_plain(self, features: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
@@ -229,8 +246,9 @@ class FlowNetwork(nn.Module):
             actions = integrator(features, noise)
         # An ordinary tensor again
         actions = actions.clone(memory_format=th.contiguous_format)
-        self._memory.clear()
-        self._memory[key] = integrator
+        if len(noise) <= LARGEST_KEPT_BATCH:
+            self._memory.clear()
+            self._memory[key] = integrator
         return actions
 
     def _is_plain(self) -> bool:
@@ -239,7 +257,7 @@ class FlowNetwork(nn.Module):
 
 
 # A subclass is something else
-FORWARD.update({kind: kind.forward for kind in (TimestepEmbedding, FlowNetwork)})
+PLAIN.update({kind: methods_of(kind)(kind) for kind in (TimestepEmbedding, FlowNetwork)})
 
 
 def lecun_uniform_init(module: nn.Module) -> None:

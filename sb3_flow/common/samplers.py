@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_flow.common.checks import to_int
+from sb3_flow.common.checks import NOT_NEGATIVE, to_float, to_int
 from sb3_flow.common.flow import (
     check_choice,
     sampler_grid,
@@ -94,7 +94,7 @@ def unit_variance_field(field: VelocityField, prediction_type: str) -> VelocityF
 
     They are those of x at both ends, noise and action. What the skip connection adds to the velocity stands still in them, so
     that it is integrated exactly by every sampler with any number of steps (an exponential integrator, Hochbruck and
-    Ostermann, 2010): a new policy is standard normal.
+    Ostermann, 2010): without the layers of the network, and the noise of the "sde" sampler, actions are standard normal.
 
     :param field: Velocity field of x
     :param prediction_type: What the network predicts
@@ -119,7 +119,14 @@ def odeint(func: Callable[[th.Tensor, Any], Any], y0: Any, times: list[float], m
     :param method: Name of the method, torchdiffeq's
     :return: value at the last time
     :raises ImportError: if torchdiffeq is not installed
+    :raises ValueError: if an adaptive method is traced or exported
     """
+    # (older versions of PyTorch do not tell, and refuse by themselves what depends on data)
+    if method in ADAPTIVE and (th.jit.is_tracing() or getattr(th.compiler, "is_exporting", bool)()):
+        raise ValueError(
+            f'The sampler "{method}" chooses its steps by what it finds: it cannot be traced or exported. '
+            "Take one with fixed steps, see `set_sampler()`"
+        )
     try:
         import torchdiffeq
     except ImportError as error:
@@ -180,8 +187,7 @@ def check_sampler(sampler: str, n_flow_steps: int, sigma: float = 0.0) -> None:
     """
     check_choice("sampler", sampler, SAMPLERS)
     to_int("n_flow_steps", n_flow_steps, at_least=1)
-    if not sigma >= 0:
-        raise ValueError(f"`sampler_sigma` must not be negative, it is {sigma}")
+    to_float("sampler_sigma", sigma, NOT_NEGATIVE)
     if sampler not in ("euler", "sde"):
         # Before any work is lost
         odeint(lambda t, y: y, th.zeros(1), [1.0, 0.0], "euler")

@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
-from sb3_flow.common.checks import to_int
+from sb3_flow.common.checks import DECAY, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, check_floats, to_bool, to_float, to_int
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
     MC_SAMPLINGS,
@@ -32,6 +32,15 @@ from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, r
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")
+
+#: What arguments that are floats may be, which of them may be None, and which functions of the progress.
+FLOATS = dict(
+    learning_rate=NOT_NEGATIVE, gamma=FRACTION, gae_lambda=FRACTION, clip_range=NOT_NEGATIVE, clip_range_vf=POSITIVE,
+    ent_coef=FINITE, vf_coef=NOT_NEGATIVE, max_grad_norm=POSITIVE, bounds_loss_coef=NOT_NEGATIVE, cfm_loss_clip=POSITIVE,
+    log_ratio_clip=POSITIVE, ema_decay=DECAY, target_kl=POSITIVE,
+)  # fmt: skip
+OPTIONAL = ("clip_range_vf", "max_grad_norm", "cfm_loss_clip", "log_ratio_clip", "ema_decay", "target_kl")
+SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
 
 
 class FlowRollout(NamedTuple):
@@ -218,7 +227,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
             sde_sample_freq=-1,
             rollout_buffer_class=rollout_buffer_class,
             rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=stats_window_size,
+            stats_window_size=to_int("stats_window_size", stats_window_size, at_least=1),
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
@@ -250,10 +259,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         self._n_iterations = 0
         self.target_kl = target_kl
         # Not checked with the others: rl-zoo3 loads models that will not train with one of zero
-        first_clip_range = FloatSchedule(clip_range)(1.0)
-        if not first_clip_range > 0:
-            raise ValueError(f"`clip_range` must be positive, it is {first_clip_range}")
-        if log_ratio_clip is not None and 0 < log_ratio_clip and np.exp(-log_ratio_clip) >= 1 - first_clip_range > 0:
+        first_clip_range = to_float("clip_range", clip_range(1.0) if callable(clip_range) else clip_range, POSITIVE)
+        log_ratio_clip = None if log_ratio_clip is None else to_float("log_ratio_clip", log_ratio_clip, POSITIVE)
+        if log_ratio_clip is not None and np.exp(-log_ratio_clip) >= 1 - first_clip_range > 0:
             raise ValueError(
                 f"`log_ratio_clip` must be more than -log(1 - clip_range) = {-np.log(1 - first_clip_range):.3g}, it is "
                 f"{log_ratio_clip}: the ratio would never leave the trust region below"
@@ -273,12 +281,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         integers = dict(n_steps=1, batch_size=1, n_epochs=1, n_mc_samples=1, ema_start=0, n_baseline_actions=0)
         for name, at_least in integers.items():
             setattr(self, name, to_int(name, getattr(self, name), at_least))
-        for name in ("max_grad_norm", "cfm_loss_clip", "log_ratio_clip", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive (or None), it is {value}")
-        if not self.bounds_loss_coef >= 0:
-            raise ValueError(f"`bounds_loss_coef` must not be negative, it is {self.bounds_loss_coef}")
+        check_floats(self, FLOATS, OPTIONAL, SCHEDULES)
+        for name in ("normalize_advantage", "positive_advantage"):
+            setattr(self, name, to_bool(name, getattr(self, name)))
 
         # Sanity check, otherwise it will lead to noisy gradient and NaN
         # because of the advantage normalization
@@ -316,8 +321,6 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         # Initialize schedules for policy/value clipping
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
-            if isinstance(self.clip_range_vf, (float, int)):
-                assert self.clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
 
         if self.ema_decay is not None:
@@ -338,6 +341,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         """
         # The policy is created from its arguments again
         self.policy_kwargs = self.policy_kwargs | self.policy.changed_sampler
+        self.ema_decay = None if self.policy.ema is None else self.policy.ema_decay
+        if "ema_decay" in self.policy_kwargs:
+            self.policy_kwargs["ema_decay"] = self.ema_decay
         super().save(path, exclude, include)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:

@@ -1,5 +1,7 @@
 import math
+from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -21,9 +23,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_flow.common.activations import is_transformed
 from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
-from sb3_flow.common.checks import to_float, to_int, to_net_arch
+from sb3_flow.common.checks import DECAY, NOT_NEGATIVE, POSITIVE, to_bool, to_float, to_int, to_net_arch
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
-from sb3_flow.common.in_place import Memory, PlainMLP, is_plain, runs_in_place
+from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
@@ -61,7 +63,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         when the actions are large
     :param action_scale: Factor on the raw action before it is squashed. The raw actions of a new policy are about
         standard normal: this is the standard deviation that exploration starts with, as ``exp(log_std_init)``
-        is for a Gaussian policy.
+        is for a Gaussian policy. (The "sde" sampler adds its own noise, and with ``prediction_type="noise"`` so do the
+        layers of a new network: 1.07 times this with 10 steps.)
     :param features_extractor_class: Features extractor to use.
     :param features_extractor_kwargs: Keyword arguments
         to pass to the features extractor.
@@ -77,7 +80,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
-        distribution as it is: then a new policy is a standard Gaussian, and its CFM loss close to its least. Without (authors'
+        distribution as it is: then a new policy is a standard Gaussian (but for what its layers, not zero, add, see
+        ``action_scale``), and its CFM loss close to its least. Without (authors'
         code), a new policy is about the same, but what lowers the CFM losses of all actions is most of the slope.
         For ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
@@ -122,28 +126,25 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         action_perturbation_std: float = 0.0,
         ema_decay: float | None = None,
     ):
+        squash_output = to_bool("squash_output", squash_output)
         _check_action_space(action_space, squash_output)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("squash_type", squash_type, SQUASH_TYPES)
         check_sampler(sampler, n_flow_steps, sampler_sigma)
-        action_scale = to_float("action_scale", action_scale)
-        action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std)
+        action_scale = to_float("action_scale", action_scale, POSITIVE)
+        action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std, NOT_NEGATIVE)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
-        if action_perturbation_std < 0:
-            raise ValueError(f"`action_perturbation_std` must not be negative, it is {action_perturbation_std}")
-        if not action_scale > 0:
-            raise ValueError(f"`action_scale` must be positive, it is {action_scale}")
         if action_scale != 1 and not squash_output:
             raise ValueError("`action_scale` needs `squash_output=True`: actions that are clipped are in env units")
 
         # Needed by _build(), which the constructor of the parent calls
-        self.lecun_init = lecun_init
+        self.lecun_init = to_bool("lecun_init", lecun_init)
         self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
         self.prediction_type = prediction_type
         self.timestep_embedding_dim = to_int("timestep_embedding_dim", timestep_embedding_dim)
         self.output_scale = to_float("output_scale", output_scale)
-        self.skip_connection = skip_connection
+        self.skip_connection = to_bool("skip_connection", skip_connection)
         self.sampler = sampler
         self.sampler_sigma = to_float("sampler_sigma", sampler_sigma)
         self.action_perturbation_std = action_perturbation_std
@@ -159,10 +160,10 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             # The flow needs hidden layers to bring its inputs together, also behind a CNN
             dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
             activation_fn,
-            ortho_init,
+            to_bool("ortho_init", ortho_init),
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=features_extractor_kwargs,
-            share_features_extractor=share_features_extractor,
+            share_features_extractor=to_bool("share_features_extractor", share_features_extractor),
             normalize_images=normalize_images,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
@@ -233,7 +234,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
                 sampler=self.sampler,
                 sampler_sigma=self.sampler_sigma,
                 action_perturbation_std=self.action_perturbation_std,
-                ema_decay=self.ema_decay,
+                ema_decay=None if self.ema is None else self.ema_decay,
             )
         )
         return data
@@ -272,35 +273,60 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
         :param ema_decay: Decay for one update, in (0, 1)
         """
-        ema_decay = to_float("ema_decay", ema_decay)
-        if not 0 < ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be between 0 and 1, it is {ema_decay}")
+        ema_decay = to_float("ema_decay", ema_decay, DECAY)
         if self._overrides_extract_features():
             raise ValueError("`ema_decay` must be None: `extract_features`, which is overridden, would not take the average's")
         self.ema_decay = ema_decay
         self.ema = AveragedModel(self._actor(), multi_avg_fn=partial(_average, decay=ema_decay), use_buffers=True)
         self.ema.requires_grad_(False)
+        self._averaged = _structure(self._actor())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        Copy parameters and buffers from a state dictionary, see ``nn.Module``.
+
+        :param state_dict: Parameters and buffers
+        :param strict: Whether its keys must be those of this policy
+        :param assign: Whether to take its tensors instead of copying them
+        :return: names of missing and unexpected keys
+        :raises ValueError: if it has a moving average and this policy has none, or the other way round
+        """
+        has_average = any(name.startswith("ema.") for name in state_dict)
+        if strict and has_average != (self.ema is not None):
+            found, wanted = ("a", "has none") if has_average else ("no", "has one")
+            raise ValueError(
+                f"What is loaded has {found} moving average of the actor, but this policy {wanted}: `ema_decay` must be "
+                f"{'a number' if has_average else 'None'} here. It can be changed afterwards, by `policy.create_ema()` or "
+                "`policy.ema = None`"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def update_ema(self, restart: bool = False) -> None:
         """
         Update the moving average, after an iteration.
 
         :param restart: Forget the past: make the average equal to the actor
-        :raises ValueError: if the actor has other parameters by now
+        :raises ValueError: if networks of the actor were replaced or changed since there is an average
         """
         assert self.ema is not None, "create_ema() must be called first"
-        actor = self._actor()
-        shapes = [{name: x.shape for name, x in module.named_parameters()} for module in (self.ema.module, actor)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                "The networks of the actor were replaced: call `create_ema()` again, for an average of the new ones"
-            )
+        self._check_average()
         if restart:
             self.ema.n_averaged.zero_()
-        self.ema.update_parameters(actor)
+        self.ema.update_parameters(self._actor())
+
+    def _check_average(self) -> None:
+        if _structure(self._actor()) != self._averaged:
+            raise ValueError(
+                "The networks of the actor were replaced or changed: call `create_ema()` again, for an average of the new ones"
+            )
+
+    def _check_action_net(self) -> None:
+        if not hasattr(self.action_net, "sample"):
+            raise ValueError(f"`action_net` must be a FlowNetwork, it is a {type(self.action_net).__name__}")
 
     def _actor(self) -> nn.ModuleList:
         """What acts, with the extractor between features and flow network if it has layers for it."""
+        self._check_action_net()
         features_extractor = self.features_extractor if self.share_features_extractor else self.pi_features_extractor
         extractors = [] if _passes_features(self.mlp_extractor) else [self.mlp_extractor]
         return nn.ModuleList([features_extractor, self.action_net, *extractors])
@@ -377,6 +403,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
         """
         latent_pi, values = self._latent_pi_and_values(obs)
+        self._check_action_net()
         if deterministic:
             actions = self._sample(self.action_net, latent_pi, deterministic)
         else:
@@ -401,6 +428,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def _predicting_actor(self, obs: PyTorchObs) -> tuple[FlowNetwork, th.Tensor]:
         """The flow network that predicts, and the features that it takes."""
+        if self.ema is not None and not is_transformed():
+            self._check_average()
         actor = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
         return cast(FlowNetwork, actor[1]), self._latent_pi(obs, actor)
 
@@ -446,7 +475,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         return actions
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
-        return th.randn((features.shape[0], self.action_net.action_dim), device=features.device)
+        return th.randn((len(features), self.action_net.action_dim), dtype=features.dtype, device=features.device)
 
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
@@ -489,6 +518,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         return self._flow_output(self._latent_pi(obs, self._actor()), actions, noise, timesteps)
 
     def _flow_output(self, latent_pi: th.Tensor, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        self._check_action_net()
         x_t = interpolate(actions, noise, timesteps)
         timesteps = timesteps.expand(x_t.shape[:-1])
         return self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
@@ -537,7 +567,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         (an action on the bounds is taken to be slightly inside).
 
         :param action: Action, in env units
-        :return: Raw action
+        :return: Raw action, zero where the bounds are equal
         """
         if not self.squash_output:
             return action
@@ -567,6 +597,26 @@ def _passes_features(mlp_extractor: nn.Module) -> bool:
     if type(mlp_extractor) is not MlpExtractor:
         return False
     return type(mlp_extractor.policy_net) is nn.Sequential and len(mlp_extractor.policy_net) == 0
+
+
+def _structure(actor: nn.ModuleList) -> list[tuple]:
+    """
+    :param actor: The actor
+    :return: what it computes, but for the values of its parameters: its modules and all that their copies do not share
+    """
+    return [
+        (
+            module,
+            type(module),
+            module.extra_repr(),
+            [(name, None if x is None else x.shape) for name, x in module._parameters.items()],
+            [*chain(*hooks_of(module))],
+            # (a compiled one computes the same)
+            {name for name in hidden_attributes(module) if callable(module.__dict__[name])} - {"_compiled_call_impl"},
+        )
+        for child in actor
+        for module in child.modules()
+    ]
 
 
 def _average(averages: list[th.Tensor], values: list[th.Tensor], n_averaged: int, decay: float) -> None:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sb3_flow.common.bounds import middle_and_half_range
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
-from sb3_flow.common.checks import to_int
+from sb3_flow.common.checks import FRACTION, NOT_NEGATIVE, check_floats, to_bool, to_int
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.save_load import CheckedLoad
@@ -36,6 +36,8 @@ from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, 
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
 
+#: What arguments that are floats may be.
+FLOATS = dict(learning_rate=NOT_NEGATIVE, alpha=NOT_NEGATIVE, tau=FRACTION, gamma=FRACTION, random_crop_probability=FRACTION)
 #: How the critics are put together.
 Q_AGGREGATIONS = ("mean", "min")
 # The authors keep the actions of the dataset just inside of the bounds
@@ -177,7 +179,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
             policy_kwargs=policy_kwargs,
-            stats_window_size=stats_window_size,
+            stats_window_size=to_int("stats_window_size", stats_window_size, at_least=1),
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
@@ -227,10 +229,9 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
             self.train_freq = (to_int("train_freq", frequency, at_least=1), unit)
         else:
             self.train_freq = to_int("train_freq", self.train_freq, at_least=1)
-        if not self.alpha >= 0:
-            raise ValueError(f"`alpha` must not be negative, it is {self.alpha}")
-        if not 0 <= self.random_crop_probability <= 1:
-            raise ValueError(f"`random_crop_probability` must be in [0, 1], it is {self.random_crop_probability}")
+        check_floats(self, FLOATS, schedules=("learning_rate",))
+        for name in ("normalize_q_loss", "balanced_sampling"):
+            setattr(self, name, to_bool(name, getattr(self, name)))
         assert isinstance(self.action_space, spaces.Box)
         if (
             not np.issubdtype(self.action_space.dtype, np.floating)
@@ -467,10 +468,13 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         actions = self.actor.unclipped_actions(batch.observations, noise)
         distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
 
-        # The critics are held fixed
-        self.critic.requires_grad_(False)
+        # The critics are held fixed (some of their parameters may be anyway)
+        trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
         q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
-        self.critic.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         q_loss = -q_values.mean()
         if self.normalize_q_loss:
             q_loss = q_loss / q_values.detach().abs().mean()

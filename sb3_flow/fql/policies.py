@@ -16,7 +16,7 @@ from torch import nn
 
 from sb3_flow.common.activations import TanhGELU
 from sb3_flow.common.bounds import RescaledActionsPolicy, warn_if_too_wide
-from sb3_flow.common.checks import to_int, to_net_arch
+from sb3_flow.common.checks import to_bool, to_int, to_net_arch
 from sb3_flow.common.flow import check_choice
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, xavier_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
@@ -317,9 +317,9 @@ class FQLPolicy(RescaledActionsPolicy):
         self.net_arch = [512, 512, 512, 512] if net_arch is None else to_net_arch(net_arch, ("pi", "qf"))
         self.activation_fn = activation_fn
         self.n_critics = to_int("n_critics", n_critics, at_least=1)
-        self.layer_norm = layer_norm
+        self.layer_norm = to_bool("layer_norm", layer_norm)
         self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
-        self.share_features_extractor = share_features_extractor
+        self.share_features_extractor = to_bool("share_features_extractor", share_features_extractor)
         self.sampler = sampler
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}

@@ -10,7 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_flow.common.samplers import SAMPLERS
+from sb3_flow.common.flow import standard_normal_std
+from sb3_flow.common.samplers import SAMPLERS, unit_variance_field
 from sb3_flow.plotting import BLUE, GREY, new_figure
 
 #: Flow times of the panels of the figure
@@ -36,7 +37,7 @@ def flow_policy(model: BaseAlgorithm) -> BasePolicy:
 
 def flow_paths(model: BaseAlgorithm, obs: np.ndarray, n_samples: int = 1000, n_times: int = N_TIMES) -> np.ndarray:
     """
-    Paths of samples from noise to actions, by Euler's method.
+    Paths of samples from noise to actions, by Euler's method, as the policy takes it.
 
     :param model: A trained model with a flow
     :param obs: One observation, as the model takes it (normalized if it is)
@@ -47,10 +48,15 @@ def flow_paths(model: BaseAlgorithm, obs: np.ndarray, n_samples: int = 1000, n_t
     policy: Any = flow_policy(model)
     tensor, _ = policy.obs_to_tensor(obs[None])
     field = policy.velocity_field(tensor.expand(n_samples, *tensor.shape[1:]))
+    # Of a policy with a skip connection, in other coordinates
+    network: Any = getattr(policy, "network", None) or policy.action_net
+    has_skip_connection = network.skip_connection
+    if has_skip_connection:
+        field = unit_variance_field(field, network.prediction_type)
     points: list[th.Tensor] = []
 
     def recorded_field(x: th.Tensor, t: float) -> th.Tensor:
-        points.append(x)
+        points.append(standard_normal_std(t) * x if has_skip_connection else x)
         return field(x, t)
 
     with th.no_grad():
