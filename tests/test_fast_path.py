@@ -754,7 +754,7 @@ def test_weights_of_another_shape():
     for layer in (policy.action_net.input_layer, policy.mlp_extractor.value_net[0]):
         layer.weight.data = layer.weight.data.t()
     assert not np.allclose(check_actions(policy), before) and not th.allclose(check_values(policy), values)
-    first, _, second, *_ = [policy.action_net.input_layer, *policy.action_net.layers]
+    first, second = policy.action_net.input_layer, policy.action_net.layers[1]
     before = check_actions(policy)
     first.weight.data, first.bias.data, second.weight.data = first.weight[:9], first.bias[:9], second.weight[:, :9]
     assert not np.allclose(check_actions(policy), before)

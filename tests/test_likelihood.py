@@ -81,7 +81,7 @@ def test_policy(prediction_type, ema_decay):
     """What the policy predicts with, for each type of network: its density integrates to one."""
     th.manual_seed(0)
     kwargs = dict(n_steps=64, batch_size=16, learning_rate=1e-2, ema_decay=ema_decay, ema_start=0, device="cpu", seed=0)
-    model = FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(prediction_type=prediction_type), **kwargs).learn(64)
+    model = FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(prediction_type=prediction_type), **kwargs).learn(128)
     width = 300 if prediction_type == "noise" else 20
     actions = th.linspace(-width, width, 4001).unsqueeze(1)
     density = model.policy.log_likelihood(th.ones(4001, 3), actions).exp()

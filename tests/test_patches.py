@@ -39,6 +39,7 @@ import sb3_flow.zoo
 from sb3_flow import FQL
 from sb3_flow.zoo import cli, patches
 from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for
+from sb3_flow.zoo.errors import InputError
 from sb3_flow.zoo.experiment import FlowExperimentManager
 
 PARSE_ARGS = argparse.ArgumentParser.parse_args
@@ -67,7 +68,7 @@ def run_folder(algo, env_id, model, **hyperparams):
     (folder / name).mkdir(parents=True)
     model.save(folder / name)
     (folder / name / "config.yml").write_text(yaml.dump(dict(n_timesteps=1000, **hyperparams)))
-    (folder / name / "args.yml").write_text(yaml.dump(dict(env=env_id, env_kwargs=None)))
+    (folder / name / "args.yml").write_text(yaml.dump(dict(algo=algo, env=env_id, env_kwargs=None)))
     return folder
 
 
@@ -397,7 +398,7 @@ def test_policy_of_the_user_is_kept(envs_of_all_spaces):
     """From the command line, or from hyperparameters of this environment: SB3 says what is wrong with it."""
     for config, hyperparams in [(None, dict(policy="MlpPolicy")), ("mine.yml", {})]:
         Path("mine.yml").write_text(yaml.safe_dump({"DictObs-v0": dict(policy="MlpPolicy", n_timesteps=2)}))
-        with pytest.raises(SystemExit, match="must use `MultiInputPolicy`"):
+        with pytest.raises(InputError, match="must use `MultiInputPolicy`"):
             manager_of("DictObs-v0", "ppo", config, **hyperparams).setup_experiment()
     manager = manager_of("ImageObs-v0", "ppo", policy="MlpPolicy", n_steps=2, batch_size=2)
     assert type(manager.setup_experiment()[0].policy) is PPO.policy_aliases["MlpPolicy"]
@@ -429,7 +430,7 @@ def test_dm_control_namespace(capsys, envs_of_all_spaces, algo):
         manager_of("dm_control/mine-task-v3", algo, config, env_wrapper=None).read_hyperparameters()[0]["env_wrapper"] is None
     )
     assert manager_of("dm_control/mine-task-v3", algo, config, gamma=0.5).read_hyperparameters()[0]["gamma"] == 0.5
-    if algo != "fpo":
+    if "MultiInputPolicy" in ALGOS[algo].policy_aliases and algo != "fpo":
         hyperparams, _ = manager_of("dm_control/mine-task-v3", algo, config, policy="MultiInputPolicy").read_hyperparameters()
         assert "env_wrapper" not in hyperparams
 
@@ -491,7 +492,8 @@ def test_atari_has_the_default_of_algorithms_without_an_entry(monkeypatch):
 def test_first_trial_is_taken_for_none(monkeypatch):
     """``--trial-id 0``: rl-zoo3 asks whether the number is true."""
     asked = []
-    monkeypatch.setattr(ExperimentManager, "load_trial", lambda self, *args: asked.append(args) or {})
+    for manager_class in (ExperimentManager, FlowExperimentManager):
+        monkeypatch.setattr(manager_class, "load_trial", lambda self, *args: asked.append(args) or {})
     for manager_class, expected in ((ExperimentManager, []), (FlowExperimentManager, [("study.log", "mine", 0)])):
         manager_class(
             argparse.Namespace(), "ppo", "Pendulum-v1", "logs", storage="study.log", study_name="mine", trial_id=0
