@@ -749,15 +749,24 @@ def test_own_method_of_the_flow_network(name):
 
 def test_weights_of_another_shape():
     """Transposed, or with fewer units, behind the parameters."""
-    policy = make_policy(net_arch=dict(pi=[14, 14], vf=[OBS_DIM, 6]))
-    before, values = check_actions(policy), check_values(policy)
-    for layer in (policy.action_net.input_layer, policy.mlp_extractor.value_net[0]):
-        layer.weight.data = layer.weight.data.t()
-    assert not np.allclose(check_actions(policy), before) and not th.allclose(check_values(policy), values)
-    first, second = policy.action_net.input_layer, policy.action_net.layers[1]
-    before = check_actions(policy)
-    first.weight.data, first.bias.data, second.weight.data = first.weight[:9], first.bias[:9], second.weight[:, :9]
-    assert not np.allclose(check_actions(policy), before)
+    network = FlowNetwork(OBS_DIM, ACTION_DIM, [14, 14])
+    features, noise = th.randn(5, OBS_DIM), th.randn(5, ACTION_DIM)
+    first, second = network.input_layer, network.layers[1]
+
+    def transpose():
+        first.weight.data = first.weight.data.t()
+
+    def shrink():
+        first.weight.data, first.bias.data = first.weight.data[:9], first.bias.data[:9]
+        second.weight.data = second.weight.data[:, :9]
+
+    for change in (transpose, shrink):
+        with th.no_grad():
+            before = network.sample(features, noise, 3)
+            change()
+            actual = network.sample(features, noise, 3)
+            assert not th.allclose(actual, before)
+            th.testing.assert_close(actual, plain_sample(network, features, noise, 3), **TOLERANCE[th.float32])
 
 
 @pytest.mark.parametrize("convert", [lambda module: th.jit.trace(module, th.ones(1, 6)), th.jit.script])

@@ -146,7 +146,7 @@ def test_without_replay_buffer(monkeypatch, algo):
     with patches.without_replay_buffer(algo):
         rl_zoo3.enjoy.enjoy()
     main(monkeypatch, *argv)
-    assert sizes == [777, 1, 1]
+    assert sizes[0] == 777 and set(sizes[1:]) == {1}
 
 
 def test_without_replay_buffer_needs_one():
