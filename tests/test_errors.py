@@ -62,7 +62,7 @@ def test_out_of_range():
         FPO("MlpPolicy", "Pendulum-v1", clip_range=lambda progress: -progress)
     with pytest.raises(ValueError, match=r"`log_ratio_clip` must be more than -log\(1 - clip_range\) = 0.693, it is 0.5"):
         FPO("MlpPolicy", "Pendulum-v1", clip_range=0.5, log_ratio_clip=0.5)
-    with pytest.raises(ValueError, match="`clip_range_vf` must be positive"):
+    with pytest.raises(AssertionError, match="`clip_range_vf` must be positive"):
         FPO("MlpPolicy", "Pendulum-v1", clip_range_vf=-0.2)
     with pytest.raises(ValueError, match="`ema_decay` must be between 0 and 1"):
         FPO("MlpPolicy", "Pendulum-v1", ema_decay=1.5)

@@ -281,6 +281,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         integers = dict(n_steps=1, batch_size=1, n_epochs=1, n_mc_samples=1, ema_start=0, n_baseline_actions=0)
         for name, at_least in integers.items():
             setattr(self, name, to_int(name, getattr(self, name), at_least))
+        if isinstance(self.clip_range_vf, (float, int)):
+            # The error of SB3's PPO
+            assert not self.clip_range_vf <= 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
         check_floats(self, FLOATS, OPTIONAL, SCHEDULES)
         for name in ("normalize_advantage", "positive_advantage"):
             setattr(self, name, to_bool(name, getattr(self, name)))
