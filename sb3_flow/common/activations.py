@@ -42,6 +42,7 @@ def tanh_gelu_(x: th.Tensor) -> th.Tensor:
     :param x: overwritten with the result
     :return: x
     """
+    # (PyTorch has no public name for it, and no type)
     return _tanh_gelu(x, out=x) if _is_faster(x) else th._C._nn.gelu_(x, approximate="tanh")  # type: ignore[attr-defined]
 
 

@@ -41,7 +41,8 @@ class RescaledActionsPolicy(BasePolicy):
         :param action: Action to scale
         :return: Scaled action, zero where the bounds are equal
         """
-        middle, half_range = middle_and_half_range(self.action_space)  # type: ignore[arg-type]
+        assert isinstance(self.action_space, spaces.Box)
+        middle, half_range = middle_and_half_range(self.action_space)
         return (action - middle) / np.where(half_range > 0, half_range, np.inf)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:

@@ -107,10 +107,14 @@ def to_net_arch(net_arch: Any, keys: tuple[str, str], name: str = "net_arch") ->
             raise ValueError(
                 f"`{name}` has unknown keys {sorted(map(str, unknown))}, they must be {' and '.join(map(repr, keys))}"
             )
-        return {key: to_net_arch(units, keys, f"{name}[{key!r}]") for key, units in net_arch.items()}  # type: ignore[misc]
-    if isinstance(net_arch, str) or not isinstance(net_arch, Iterable):
-        raise ValueError(f"`{name}` must be a list of the units of each layer, it is {net_arch!r}")
-    return [_to_units(name, units) for units in net_arch]
+        return {key: _to_layers(f"{name}[{key!r}]", layers) for key, layers in net_arch.items()}
+    return _to_layers(name, net_arch)
+
+
+def _to_layers(name: str, layers: Any) -> list[int]:
+    if isinstance(layers, (str, Mapping)) or not isinstance(layers, Iterable):
+        raise ValueError(f"`{name}` must be a list of the units of each layer, it is {layers!r}")
+    return [_to_units(name, units) for units in layers]
 
 
 def _to_units(name: str, units: Any) -> int:

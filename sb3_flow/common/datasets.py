@@ -489,7 +489,7 @@ def check_reward_arguments(reward_scale: Any = 1.0, reward_shift: Any = 0.0) -> 
             raise ValueError(f"`{name}` must be a finite number, it is {value!r}")
 
 
-def dataset_name(dataset: Any) -> str | list[str] | None:
+def dataset_name(dataset: Any) -> str | list[Any] | None:
     """
     What a dataset can be loaded by again, from any working directory.
 
@@ -498,7 +498,7 @@ def dataset_name(dataset: Any) -> str | list[str] | None:
     """
     if isinstance(dataset, (list, tuple)):
         names = [dataset_name(part) for part in dataset]
-        return None if None in names else names  # type: ignore[return-value]
+        return None if None in names else names
     if not isinstance(dataset, (str, Path)):
         return None
     name = str(dataset)

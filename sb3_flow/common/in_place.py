@@ -48,7 +48,8 @@ def hidden_attributes(module: nn.Module) -> frozenset[str]:
     :param module: Module
     :return: names of the methods, and whatever its class has, that are hidden by attributes of its own
     """
-    return _class_attributes(type(module)).intersection(module.__dict__)  # type: ignore[arg-type]
+    kind: Any = type(module)  # (a class is hashable, which mypy does not see of a class of modules)
+    return _class_attributes(kind).intersection(module.__dict__)
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
@@ -65,11 +66,12 @@ def is_plain(module: nn.Module) -> bool:
     :return: whether calling it is nothing but the methods of a class whose computation is known. Not if it has hooks, is
         compiled, or is of a subclass, as what is parametrized or quantized is.
     """
+    kind: Any = type(module)
     return (
         not th.compiler.is_compiling()
         # (first: not all that can be called has methods)
-        and type(module) in PLAIN
-        and PLAIN[type(module)] == methods_of(type(module))(type(module))  # type: ignore[arg-type]
+        and kind in PLAIN
+        and PLAIN[kind] == methods_of(kind)(kind)
         # What is there in place of a method, or of a parameter
         and not hidden_attributes(module)
         and module.__dict__.keys().isdisjoint(module._parameters)

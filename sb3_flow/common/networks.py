@@ -329,6 +329,7 @@ class EnsembleMLP(nn.Module):
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = th.baddbmm(bias, x, weight)
             if layer < last:
+                # (each is a ModuleList, but a ModuleList only promises modules)
                 x = self.activations[0][layer](x)  # type: ignore[index]
                 if self.layer_norm:
                     x = nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
@@ -346,6 +347,7 @@ class EnsembleMLP(nn.Module):
             for layer in range(len(weights)):
                 x = th.addmm(biases[layer][member], x, weights[layer][member])
                 if layer < last:
+                    # (as in forward_batched: a ModuleList only promises modules)
                     x = self.activations[member][layer](x)  # type: ignore[index]
                     if self.layer_norm:
                         scale, shift = norm_weights[layer][member][0], norm_biases[layer][member][0]

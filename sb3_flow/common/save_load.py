@@ -38,6 +38,7 @@ def check_model_file(
             policy_class = json_to_data(json.dumps(policy), custom_objects)["policy_class"]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a model, or damaged: {error}") from error
+    # NotImplementedError: a compression that zipfile does not know
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path} is not a model, or damaged: there is no class of a policy in it") from error
     finally:
@@ -56,6 +57,7 @@ def check_model_file(
 class CheckedLoad(BaseAlgorithm):
     """An algorithm whose ``load`` tells what is wrong with a file that is not a model of it."""
 
+    # (what is not looked at here is passed on, and not named again: not the signature of BaseAlgorithm to mypy)
     @classmethod
     def load(  # type: ignore[override]
         cls,

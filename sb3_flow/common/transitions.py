@@ -520,8 +520,10 @@ def _find_row(is_wrong: Callable[[np.ndarray], np.ndarray], array: np.ndarray, e
 def _check_values(name: str, observations: Observations, space: spaces.Space, exempt: np.ndarray | None) -> None:
     """Values must be in the space. Those out of the bounds of a Box are no more than a warning, as many bounds are rough."""
     if isinstance(observations, dict):
+        # (as _check_shapes has found)
+        assert isinstance(space, spaces.Dict)
         for key, array in observations.items():
-            _check_values(f"{name}[{key!r}]", array, space[key], exempt)  # type: ignore[index]
+            _check_values(f"{name}[{key!r}]", array, space[key], exempt)
         return
     if isinstance(space, spaces.Box):
         _check_box(name, observations, space, exempt)

@@ -414,7 +414,9 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             valid = all(bool(th.isfinite(tensor).all()) for tensor in obs_tensors)
             cause = "the weights of the policy are not finite, or too large" if valid else "NaN or inf in the observations"
             raise ValueError(f"The policy could not compute a finite action: {cause}")
-        return actions.reshape((-1, *self.action_space.shape)), values, values.new_zeros(values.shape[0])  # type: ignore[misc]
+        # (of a Box, whose shape is not None)
+        shape = cast(spaces.Box, self.action_space).shape
+        return actions.reshape((-1, *shape)), values, values.new_zeros(values.shape[0])
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

@@ -601,6 +601,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
     def _setup_learn(self, *args, **kwargs) -> tuple[int, BaseCallback]:
         for buffer in (self.offline_buffer, self.replay_buffer):
             if getattr(buffer, "n_steps", 1) > 1:
+                # (those of several steps have one)
                 gamma = buffer.gamma  # type: ignore[union-attr]
                 if gamma != self.gamma:
                     raise ValueError(f"`gamma` is {self.gamma}, but {gamma} in the returns of {type(buffer).__name__}")

@@ -215,6 +215,7 @@ class Parser(argparse.ArgumentParser):
         """Show ``--debug`` in the help. :func:`sb3_flow.zoo.cli.main` takes it from the arguments."""
         self.add_argument("--debug", help="Show the traceback of an error", action="store_true", default=argparse.SUPPRESS)
 
+    # (it never returns, as that of ArgumentParser, whose overloads these are not)
     def error(self, message: str):  # type: ignore[override]
         raise InputError(message)
 

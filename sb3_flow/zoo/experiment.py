@@ -148,6 +148,7 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        # (what makes one, in place of a class: rl-zoo3 only calls it)
         self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
         self.has_own_hyperparams = False
         self.deterministic_eval = self.deterministic_eval and self.algo not in EVALUATED_WITH_NOISE
@@ -450,6 +451,7 @@ class FlowExperimentManager(CheckedExperimentManager):
                 raise
 
         try:
+            # (rl-zoo3 uses no more of the model than this)
             super().learn(SimpleNamespace(env=model.env, policy=model.policy, learn=learn))  # type: ignore[arg-type]
         except Exception:
             # (an interruption closes progress bars that were not open yet, and processes that it has ended)

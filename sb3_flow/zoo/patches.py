@@ -59,7 +59,7 @@ def parsed_by(parse: Callable[..., argparse.Namespace]) -> Iterator[None]:
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_first(parser: argparse.ArgumentParser, *args, **kwargs) -> argparse.Namespace:
-        setattr(argparse.ArgumentParser, "parse_args", parse_args)  # noqa: B010
+        setattr(argparse.ArgumentParser, "parse_args", parse_args)  # noqa: B010 mypy refuses the plain assignment of a method
         return parse(parser, *args, **kwargs)
 
     with _replaced(argparse.ArgumentParser, "parse_args", parse_first):
@@ -98,6 +98,7 @@ def without_replay_buffer(algo: str) -> Iterator[None]:
         yield
         return
 
+    # (mypy has no classes whose base is a variable)
     class WithoutReplayBuffer(algorithm):  # type: ignore[misc, valid-type]
         @classmethod
         def load(cls, *args, **kwargs) -> BaseAlgorithm:
@@ -118,6 +119,7 @@ def timesteps_of_both_phases(algo: str, offline_steps: int) -> AbstractContextMa
     """
     algorithm = ALGOS[algo]
 
+    # (mypy has no classes whose base is a variable)
     class BothPhases(algorithm):  # type: ignore[misc, valid-type]
         def learn(self, total_timesteps: int, *args, **kwargs) -> BaseAlgorithm:
             return super().learn(total_timesteps - offline_steps, *args, **kwargs)
@@ -187,6 +189,7 @@ def mujoco_warnings_once() -> AbstractContextManager[None]:
     make_vec_env = rl_zoo3.utils.make_vec_env
 
     def make_vec_env_warned_once(*args, vec_env_cls: type[VecEnv] | None = None, **kwargs) -> VecEnv:
+        # (what makes one, in place of a class: SB3 only calls it)
         return make_vec_env(*args, vec_env_cls=warned_once(vec_env_cls or DummyVecEnv), **kwargs)  # type: ignore[arg-type, misc]
 
     return _replaced(rl_zoo3.utils, "make_vec_env", make_vec_env_warned_once)
@@ -203,6 +206,7 @@ def warned_once(vec_env_class: type[VecEnv]) -> Callable[..., VecEnv]:
     folder = _shown_warnings().name
 
     def make(env_fns: list[Callable[[], Any]], **kwargs) -> VecEnv:
+        # (VecEnv itself takes other arguments than its subclasses)
         return vec_env_class([functools.partial(_make_env, env_fn, folder) for env_fn in env_fns], **kwargs)  # type: ignore[arg-type]
 
     return make
