@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,8 @@ def find_model(
         if not isinstance(content, dict) or (file == "args.yml" and "env_kwargs" not in content):
             raise InputError(f"{parameters_folder / file} is damaged: found {content!r:.50}, expected what train wrote")
     if get_saved_hyperparams(str(parameters_folder), test_mode=True)[0]["normalize"]:
-        _check_statistics(parameters_folder / "vecnormalize.pkl")
+        with user_input(f"statistics of VecNormalize in {parameters_folder}", ValueError):
+            load_pickle(parameters_folder / "vecnormalize.pkl", VecNormalize)
     return path
 
 
@@ -85,13 +85,6 @@ def _what_there_is(log_path: Path, env_name: str) -> str:
     if numbers:
         return f"a run that has it (there is {', '.join(numbers)})"
     return f"an environment with runs{did_you_mean(env_name, (name.rpartition('_')[0] for name in runs))}"
-
-
-def _check_statistics(path: Path) -> None:
-    with user_input(f"statistics of VecNormalize: {path} is not there or damaged"):
-        statistics = pickle.loads(path.read_bytes())
-    if not isinstance(statistics, VecNormalize):
-        raise InputError(f"statistics of VecNormalize: found a {type(statistics).__name__} in {path}")
 
 
 def load_run(

@@ -29,6 +29,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_flow.zoo.errors import InputError, one_line
+from sb3_flow.zoo.hyperparams import EVALUATED
 
 #: Options that may be given anew with ``--resume``, with the reason why they do not change what is learned
 FREE_OPTIONS = {
@@ -50,8 +51,6 @@ FREE_OPTIONS = {
 COMPARED_BY_CONTENT = ("n_timesteps", "hyperparams", "conf_file", "trained_agent")
 #: What rl-zoo3 does without these hyperparameters
 ZOO_DEFAULTS: dict[str, Any] = dict(n_envs=1, normalize=False, frame_stack=None, env_wrapper=None, vec_env_wrapper=None)
-#: Hyperparameters that rl-zoo3 evaluates, if they are strings
-EVALUATED = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "normalize", "monitor_kwargs")
 
 #: Name of a checkpoint of SB3's ``CheckpointCallback``, as rl-zoo3 has them
 CHECKPOINT = re.compile(r"rl_model_(\d+)_steps\.zip")
@@ -437,7 +436,7 @@ def load_pickle(path: Path, kind: type) -> Any:
     except Exception as error:
         raise ValueError(f"{path.name} does not load: {one_line(error)}") from error
     if not isinstance(loaded, kind):
-        raise ValueError(f"{path.name} is no {kind.__name__}")
+        raise ValueError(f"{path.name} is a {type(loaded).__name__}, not a {kind.__name__}")
     return loaded
 
 
