@@ -10,6 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch as th
@@ -34,7 +35,7 @@ KNOWN_MODULES = {
 }  # fmt: skip
 #: Samplers without a decision in them
 CAPTURED_SAMPLERS = ("euler", "sde")
-_SIMPLE = frozenset((bool, int, float, str, type(None)))
+_data_ptr, _requires_grad, _shape = th.Tensor.data_ptr, attrgetter("requires_grad"), attrgetter("shape")
 
 Tree = TypeVar("Tree")
 
@@ -248,44 +249,75 @@ class CapturedUpdate:
 
 class ModuleState:
     """
-    What a graph that calls a module depends on, but for the values of parameters.
+    What a graph that calls a module depends on, but for the values of parameters. It is compared before each replay, in few
+    calls.
 
     :param module: The module
     """
 
     def __init__(self, module: nn.Module):
         self.modules = [*module.modules()]
-        self._attributes = [module.__dict__ for module in self.modules]
-        self._children = [module._modules for module in self.modules]
-        self._tensors = [tensors for module in self.modules for tensors in (module._parameters, module._buffers)]
-        self._hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
-        # (an object that is compared by its address must not go)
-        self._kept = [dict(attributes) for attributes in self._attributes]
+        self._types = [*map(type, self.modules)]
+        self._hooks = [hooks for part in self.modules for hooks in hooks_of(part)]
+        # Dictionaries, and copies of them. Most of what they have is the same object
+        self._attributes = [part.__dict__ for part in self.modules]
+        self._attributes += [part._modules for part in self.modules]
+        self._kept = [*map(dict, self._attributes)]
+        self._dicts: list[dict[str, Any]] = [
+            tensors for part in self.modules for tensors in (part._parameters, part._buffers) if tensors
+        ]
+        # (they must not go: an object of later may have the same address)
+        self._tensors = [x for x in self._get_tensors() if x is not None]
         self._state = self._get_state()
 
+    def _get_tensors(self) -> list[th.Tensor | None]:
+        return [*itertools.chain.from_iterable([tensors.values() for tensors in self._dicts])]
+
     def _get_state(self) -> tuple[list, ...]:
-        return (
-            [*map(type, self.modules)],
-            [
-                value if type(value) in _SIMPLE else id(value)
-                for attributes in self._attributes
-                for value in attributes.values()
-            ],
-            [*itertools.chain.from_iterable([children.values() for children in self._children])],
-            [tensor_state(x) for tensors in self._tensors for x in tensors.values()],
-        )
+        tensors = self._tensors
+        ids, sizes = [*map(id, self._get_tensors())], [*map(len, self._dicts)]
+        return ids, sizes, [*map(_data_ptr, tensors)], [*map(_shape, tensors)], [*map(_requires_grad, tensors)]
 
     def has_changed(self) -> bool:
         """:return: whether another capture is needed"""
-        return any(self._hooks) or _has_any_global_hook() or self._get_state() != self._state
+        try:
+            return (
+                any(self._hooks)
+                or _has_any_global_hook()
+                or [*map(type, self.modules)] != self._types
+                or self._attributes != self._kept
+                or self._get_state() != self._state
+            )
+        except (RuntimeError, ValueError):
+            # Attributes that are other arrays or tensors now
+            return True
 
 
-def tensor_state(x: th.Tensor | None) -> tuple | None:
+class OptimizerState:
     """
-    :param x: Tensor
-    :return: where it is, and whether a gradient is computed
+    What a graph that steps an optimizer depends on, but for the learning rate.
+
+    :param optimizer: The optimizer
     """
-    return None if x is None else (x.data_ptr(), x.shape, x.dtype, x.requires_grad)
+
+    def __init__(self, optimizer: th.optim.Optimizer):
+        self.optimizer = optimizer
+        self._tensors = self._get_tensors()
+        self._state = self._get_state()
+
+    def _get_tensors(self) -> list[Any]:
+        tensors = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        tensors += itertools.chain.from_iterable([state.values() for state in self.optimizer.state.values()])
+        return tensors
+
+    def _get_state(self) -> tuple[list, ...]:
+        groups = self.optimizer.param_groups
+        options = [value for group in groups for name, value in group.items() if name not in ("params", "lr")]
+        return options, [*map(id, self._get_tensors())], [*map(_data_ptr, self._tensors)]
+
+    def has_changed(self) -> bool:
+        """:return: whether another capture is needed"""
+        return self._get_state() != self._state
 
 
 def attributes_state(x: object) -> list:
@@ -294,21 +326,9 @@ def attributes_state(x: object) -> list:
     :return: what its attributes are, but for the values of tensors
     """
     return [
-        [*map(tensor_state, leaves(value))] if isinstance(value, (th.Tensor, dict)) else value for value in vars(x).values()
+        [(leaf.data_ptr(), leaf.shape) for leaf in leaves(value)] if isinstance(value, (th.Tensor, dict)) else value
+        for value in vars(x).values()
     ]
-
-
-def optimizer_state(optimizer: th.optim.Optimizer) -> tuple:
-    """
-    :param optimizer: Optimizer
-    :return: what a graph that steps it depends on, but for the learning rate
-    """
-    return (
-        optimizer,
-        [value for group in optimizer.param_groups for name, value in group.items() if name not in ("params", "lr")],
-        [parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]],
-        [x.data_ptr() if isinstance(x, th.Tensor) else x for state in optimizer.state.values() for x in state.values()],
-    )
 
 
 def global_state() -> tuple:
@@ -339,6 +359,7 @@ class Graphs(dict):
     def __init__(self) -> None:
         super().__init__()
         self.module_state: ModuleState | None = None
+        self.optimizer_state: OptimizerState | None = None
         self.key: Any = None
         self.guards: dict[tuple[str, ...], Guard] = {}
         #: Why nothing is captured, if so
@@ -352,25 +373,34 @@ class Graphs(dict):
     def __reduce__(self) -> tuple:
         return Graphs, ()
 
-    def is_current(self, module: nn.Module, key: Hashable) -> bool:
+    def is_current(self, key: Hashable, module: nn.Module, optimizer: th.optim.Optimizer | None = None) -> bool:
         """
-        :param module: What the functions call
-        :param key: What else they depend on
+        :param key: What the functions depend on, but for
+        :param module: what they call
+        :param optimizer: and what they step
         :return: whether what was captured can be replayed
         """
-        state = self.module_state
-        return state is not None and state.modules[0] is module and key == self.key and not state.has_changed()
+        of_module, of_optimizer = self.module_state, self.optimizer_state
+        if of_module is None or of_module.modules[0] is not module or of_module.has_changed() or key != self.key:
+            return False
+        if of_optimizer is None or optimizer is None:
+            return of_optimizer is optimizer
+        return of_optimizer.optimizer is optimizer and not of_optimizer.has_changed()
 
-    def restart(self, module: nn.Module, key: Hashable, obstacle: str | None) -> None:
+    def restart(
+        self, obstacle: str | None, key: Hashable, module: nn.Module, optimizer: th.optim.Optimizer | None = None
+    ) -> None:
         """
         Forget what was captured.
 
-        :param module: What the functions will call
-        :param key: What else they will depend on
-        :param obstacle: Why nothing is captured, if so (there is one warning of it)
+        :param obstacle: Why nothing is captured from now on, if so (there is one warning of it)
+        :param key: What the functions will depend on, but for
+        :param module: what they will call
+        :param optimizer: and what they will step
         """
         self.clear()
-        self.module_state, self.key, self.obstacle = ModuleState(module), key, obstacle
+        self.obstacle, self.key, self.module_state = obstacle, key, ModuleState(module)
+        self.optimizer_state = None if optimizer is None else OptimizerState(optimizer)
         if obstacle is not None and obstacle not in self._announced:
             self._announced.add(obstacle)
             warnings.warn(f"`compile=True` has no effect here: {obstacle}")

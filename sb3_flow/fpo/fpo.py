@@ -25,7 +25,6 @@ from sb3_flow.common.cuda_graphs import (
     global_state,
     has_replaced_methods,
     layout,
-    optimizer_state,
 )
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
@@ -583,17 +582,16 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         :param clip_ranges: Sizes of the trust regions
         :return: updates of the policy in graphs, None if there are none
         """
-        graphs, optimizer = self._graphs, self.policy.optimizer
+        graphs, policy = self._graphs, self.policy
         key = (
             [getattr(self, name) for name in IN_GRAPH],
             layout((rollout, old)),
             clip_ranges.value is None,
-            optimizer_state(optimizer),
             global_state(),
             has_replaced_methods(self, FPO),
         )
-        if not graphs.is_current(self.policy, key):
-            graphs.restart(self.policy, key, self._find_obstacle())
+        if not graphs.is_current(key, policy, policy.optimizer):
+            graphs.restart(self._find_obstacle(), key, policy, policy.optimizer)
         if graphs.obstacle is not None:
             return None
         if "updates" not in graphs:

@@ -442,8 +442,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :return: raw actions and values, None if there is no graph for it
         """
         graphs, key = self._graphs, global_state()
-        if not graphs.is_current(self, key):
-            graphs.restart(self, key, self._find_obstacle())
+        if not graphs.is_current(key, self):
+            graphs.restart(self._find_obstacle(), key, self)
         if graphs.obstacle is not None:
             return None
         name = (tuple(obs) if isinstance(obs, dict) else None, layout(obs))

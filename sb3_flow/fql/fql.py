@@ -40,7 +40,6 @@ from sb3_flow.common.cuda_graphs import (
     has_replaced_methods,
     in_parallel,
     layout,
-    optimizer_state,
 )
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
@@ -483,16 +482,15 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
             self._reward_arguments,
             self._only_clones,
             (batch_size, attributes_state(self.offline_buffer)) if samples else None,
-            optimizer_state(policy.optimizer),
             global_state(),
             has_replaced_methods(self, FQL),
         )
-        if not graphs.is_current(policy, key):
+        if not graphs.is_current(key, policy, policy.optimizer):
             # (there may only have been an evaluation)
             policy.set_training_mode(True)
-            if not graphs.is_current(policy, key):
+            if not graphs.is_current(key, policy, policy.optimizer):
                 self._wait_for_graphs()
-                graphs.restart(policy, key, self._find_obstacle())
+                graphs.restart(self._find_obstacle(), key, policy, policy.optimizer)
         return graphs.obstacle is None
 
     def _captured_update(self, batch: ReplayBufferSamples | DictReplayBufferSamples | None, batch_size: int) -> CapturedUpdate:
@@ -614,10 +612,25 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         :return: distillation loss and Q term of the one-step policy
         """
         noise = th.randn_like(batch.actions)
+        (actions, q_values), flow_actions = in_parallel(
+            lambda: self._actions_and_values(batch, noise), lambda: self.bc_flow.sample(batch.observations, noise)
+        )
         # The flow's action is clipped, the policy's is not: it is pulled back inside
-        actions = self.actor.unclipped_actions(batch.observations, noise)
-        distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
+        distill_loss = F.mse_loss(actions, flow_actions)
+        q_loss = -q_values.mean()
+        if self.normalize_q_loss:
+            q_loss = q_loss / q_values.detach().abs().mean()
+        return distill_loss, q_loss
 
+    def _actions_and_values(
+        self, batch: ReplayBufferSamples | DictReplayBufferSamples, noise: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param batch: Transitions
+        :param noise: (batch, action_dim)
+        :return: actions of the one-step policy, not clipped, (batch, action_dim), and their values, (batch,)
+        """
+        actions = self.actor.unclipped_actions(batch.observations, noise)
         # The critics are held fixed (some of their parameters may be anyway)
         trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -625,10 +638,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
         for parameter in trained:
             parameter.requires_grad_(True)
-        q_loss = -q_values.mean()
-        if self.normalize_q_loss:
-            q_loss = q_loss / q_values.detach().abs().mean()
-        return distill_loss, q_loss
+        return actions, q_values
 
     def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
         """
