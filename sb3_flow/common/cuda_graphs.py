@@ -263,9 +263,7 @@ class ModuleState:
         self._attributes = [part.__dict__ for part in self.modules]
         self._attributes += [part._modules for part in self.modules]
         self._kept = [*map(dict, self._attributes)]
-        self._dicts: list[dict[str, Any]] = [
-            tensors for part in self.modules for tensors in (part._parameters, part._buffers) if tensors
-        ]
+        self._dicts: list[dict[str, Any]] = [tensors for part in self.modules for tensors in (part._parameters, part._buffers)]
         # (they must not go: an object of later may have the same address)
         self._tensors = [x for x in self._get_tensors() if x is not None]
         self._state = self._get_state()
