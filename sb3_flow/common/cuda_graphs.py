@@ -6,6 +6,7 @@ part of what :class:`Graphs` compares before each replay. What is not known to b
 :func:`find_obstacle`, takes the plain path. On a CPU the same functions run as they are, without a graph.
 """
 
+import gc
 import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -104,7 +105,7 @@ def in_parallel(*functions: Callable[[], Any]) -> list[Any]:
 class CapturedFunction:
     """
     A function of tensors that stay where they are. The first calls run it as it is (warm-up, and they count), then it is
-    captured. On a CPU it always runs as it is.
+    captured. On a CPU, or if the capture fails (there is a warning), it always runs as it is.
 
     :param function: Function without arguments, to a tensor
     :param device: PyTorch device of what it computes
@@ -121,7 +122,9 @@ class CapturedFunction:
         if self.device.type != "cuda":
             return self.function()
         self.n_calls += 1
-        if self.n_calls <= N_WARM_UP:
+        if self.n_calls == N_WARM_UP + 1:
+            self._capture()
+        if self.graph is None:
             # Not on the stream that others use, which a capture would wait for
             stream, current = th.cuda.Stream(self.device), th.cuda.current_stream(self.device)
             stream.wait_stream(current)
@@ -129,14 +132,32 @@ class CapturedFunction:
                 self.result = self.function()
             current.wait_stream(stream)
             self.result.record_stream(current)
-            return self.result
-        if self.graph is None:
-            self.graph = th.cuda.CUDAGraph()
-            # (other threads may do what they like meanwhile)
-            with th.cuda.device(self.device), th.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.result = self.function()
-        self.graph.replay()
+        else:
+            self.graph.replay()
         return self.result
+
+    def _capture(self) -> None:
+        graph, stream = th.cuda.CUDAGraph(), th.cuda.current_stream(self.device)
+        generator = th.cuda.default_generators[stream.device_index]
+        state = generator.clone_state()
+        # What is no longer used must not be freed during the capture
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            # (other threads may do what they like meanwhile)
+            capture = th.cuda.graph(graph, stream=th.cuda.Stream(self.device), capture_error_mode="thread_local")
+            with th.cuda.device(self.device), capture:
+                self.result = self.function()
+            self.graph = graph
+        except RuntimeError as error:
+            # As if nothing had been tried: the calls are not made before the replay
+            th.cuda.set_stream(stream)
+            generator.graphsafe_set_state(state)
+            warnings.warn(f"`compile=True` has no effect here, the capture failed: {str(error).splitlines()[0]}")
+        finally:
+            if enabled:
+                gc.enable()
 
 
 class Guard:
