@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import optimizer as optimizers
 
@@ -80,26 +81,59 @@ def copy_into(static: Tree, tree: Tree) -> None:
     th._foreach_copy_(leaves(static), leaves(tree))
 
 
+#: Streams beside the main one, while an update is captured
+_side_streams: list[th.cuda.Stream] | None = None
+
+
 def in_parallel(*functions: Callable[[], Any]) -> list[Any]:
     """
-    Call functions that do not depend on each other: in a graph, their kernels may run at the same time.
+    Call functions that do not depend on each other: in the graph of an update, their kernels may run at the same time.
 
     :param functions: Functions without arguments
     :return: what they return
     """
-    if not (th.cuda.is_initialized() and th.cuda.is_current_stream_capturing()):
+    if _side_streams is None:
         return [function() for function in functions]
     main = th.cuda.current_stream()
-    streams = [main, *(th.cuda.Stream() for _ in functions[1:])]
-    for stream in streams[1:]:
+    others = [th.cuda.Stream() for _ in functions[1:]]
+    _side_streams.extend(others)
+    for stream in others:
         stream.wait_stream(main)
     results = []
-    for stream, function in zip(streams, functions, strict=True):
+    for stream, function in zip([main, *others], functions, strict=True):
         with th.cuda.stream(stream):
             results.append(function())
-    for stream in streams[1:]:
+    for stream in others:
         main.wait_stream(stream)
     return results
+
+
+@contextmanager
+def _side_by_side() -> Iterator[None]:
+    """
+    While an update is captured, :func:`in_parallel` has streams of its own, and the gradients too.
+
+    When a tensor is gone, the stream that it was allocated on may use its memory again, whoever else still reads it. A batch
+    that is saved for the gradients of another stream would be overwritten: what is saved is kept until all streams are done.
+    """
+    global _side_streams
+    if not (th.cuda.is_initialized() and th.cuda.is_current_stream_capturing()):
+        yield
+        return
+    kept: list[th.Tensor] = []
+
+    def keep(x: th.Tensor) -> th.Tensor:
+        kept.append(x)
+        return x
+
+    _side_streams = []
+    try:
+        with saved_tensors_hooks(keep, lambda x: x):
+            yield
+        for stream in _side_streams:
+            th.cuda.current_stream().wait_stream(stream)
+    finally:
+        _side_streams = None
 
 
 class CapturedFunction:
@@ -245,8 +279,9 @@ class CapturedUpdate:
         self.function = CapturedFunction(self._update, device)
 
     def _update(self) -> th.Tensor:
-        loss, statistics = self.losses()
-        checked = self.backward(loss)
+        with _side_by_side():
+            loss, statistics = self.losses()
+            checked = self.backward(loss)
         values = th.stack([*statistics.values()]).detach()
         self.names = tuple(statistics)
         if self.names not in self.guards:

@@ -479,6 +479,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         graphs, policy = self._graphs, self.policy
         key = (
             [getattr(self, name) for name in IN_GRAPH],
+            (self.actor, self.bc_flow, self.critic, self.critic_target),
             self._reward_arguments,
             self._only_clones,
             (batch_size, attributes_state(self.offline_buffer)) if samples else None,
