@@ -1,9 +1,11 @@
 """``compile=True``: the same updates from tensors that stay where they are, captured as graphs on a GPU."""
 
+import contextlib
 import copy
 import io
 import pickle
 import warnings
+import weakref
 
 import gymnasium as gym
 import numpy as np
@@ -178,6 +180,41 @@ def test_fpo_with_dict_observations():
         models.append(model.learn(64))
     assert_close(*models)
     assert models[1]._graphs and models[1].policy._graphs
+
+
+class FakeStream:
+    def __init__(self, *args):
+        self.waited_for = []
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+def test_what_is_saved_for_gradients_is_kept_until_all_streams_are_done(monkeypatch):
+    """A stream of a graph may still read it when the next kernel of another one overwrites the memory of what is gone."""
+    main, streams = FakeStream(), []
+    fakes = dict(
+        is_initialized=lambda: True,
+        is_current_stream_capturing=lambda: True,
+        current_stream=lambda *args: main,
+        Stream=lambda *args: streams.append(FakeStream()) or streams[-1],
+        stream=contextlib.nullcontext,
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setattr(th.cuda, name, fake)
+    array = np.ones((4, 3), dtype=np.float32)
+    kept, batch, layer = weakref.ref(array), th.from_numpy(array), nn.Linear(3, 2)
+    del array
+    with cuda_graphs._side_by_side():
+        loss, other = cuda_graphs.in_parallel(lambda batch=batch: layer(batch).sum(), lambda: 1)
+        assert other == 1 and streams[0].waited_for == [main] and main.waited_for == streams
+        del batch
+        loss.backward()
+        del loss
+        assert kept() is not None
+    assert kept() is None and main.waited_for == 2 * streams and layer.weight.grad is not None
+    # Outside of an update, there is one stream
+    assert cuda_graphs.in_parallel(lambda: 2) == [2] and len(streams) == 1
 
 
 # --- What is not finite
