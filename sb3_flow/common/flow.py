@@ -141,7 +141,7 @@ def standard_normal_flow(timesteps: Time, prediction_type: str) -> Time:
     :param prediction_type: "velocity", "noise" or "action"
     :return: of the shape of the timesteps
     """
-    variance = standard_normal_std(timesteps) ** 2
+    variance = timesteps**2 + (1 - timesteps) ** 2
     if prediction_type == "velocity":
         return (2 * timesteps - 1) / variance
     return (timesteps if prediction_type == "noise" else 1 - timesteps) / variance
