@@ -40,9 +40,7 @@ WITH_DERIVATIVE: dict[type[nn.Module], Callable[[th.Tensor, bool], th.Tensor | N
 }
 
 
-def flow_mlp(
-    kinds: Kinds, parameters: Sequence[th.Tensor], features: th.Tensor, x: th.Tensor, times: th.Tensor
-) -> th.Tensor:
+def flow_mlp(kinds: Kinds, parameters: Sequence[th.Tensor], features: th.Tensor, x: th.Tensor, times: th.Tensor) -> th.Tensor:
     """
     Output of an MLP of (features, x, features of the time).
 
