@@ -34,7 +34,7 @@ from sb3_flow.common.cuda_graphs import (
     global_state,
     layout,
 )
-from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
+from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
@@ -535,39 +535,32 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         sigma = 0.0 if deterministic else self.sampler_sigma
         return action_net.sample(features, noise, self.n_flow_steps, self.sampler, sigma)
 
-    def evaluate_flow(
-        self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def evaluate_flow(self, obs: PyTorchObs, x_t: th.Tensor, timesteps: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Evaluate the value function and, at points of the paths between noise and action, the flow network.
-
-        The shapes of actions, noise and timesteps must broadcast, (batch, ...) for any number of points per observation.
+        Evaluate the value function and, at points of the paths between noise and action
+        (see :func:`~sb3_flow.common.flow.interpolate`), the flow network.
 
         :param obs: Observation
-        :param actions: Raw actions, (batch, ..., action_dim)
-        :param noise: (batch, ..., action_dim)
-        :param timesteps: (batch, ...)
+        :param x_t: Any number of points for each observation, (batch, ..., action_dim)
+        :param timesteps: Their times, (batch, ...), or what broadcasts to it
         :return: estimated value, (batch, 1), and output of the flow network, (batch, ..., action_dim)
         """
         latent_pi, values = self._latent_pi_and_values(obs)
-        return values, self._flow_output(latent_pi, actions, noise, timesteps)
+        return values, self._flow_output(latent_pi, x_t, timesteps)
 
-    def flow_output(self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    def flow_output(self, obs: PyTorchObs, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
         The second part of :meth:`evaluate_flow` by itself.
 
         :param obs: Observation
-        :param actions: Raw actions, (batch, ..., action_dim)
-        :param noise: (batch, ..., action_dim)
-        :param timesteps: (batch, ...)
+        :param x_t: (batch, ..., action_dim)
+        :param timesteps: (batch, ...), or what broadcasts to it
         :return: output of the flow network, (batch, ..., action_dim)
         """
-        return self._flow_output(self._latent_pi(obs, self._actor()), actions, noise, timesteps)
+        return self._flow_output(self._latent_pi(obs, self._actor()), x_t, timesteps)
 
-    def _flow_output(self, latent_pi: th.Tensor, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    def _flow_output(self, latent_pi: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         self._check_action_net()
-        x_t = interpolate(actions, noise, timesteps)
-        timesteps = timesteps.expand(x_t.shape[:-1])
         return self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
@@ -586,7 +579,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             # There is nothing to choose, and no loss, where the bounds are equal
             half_range = th.where(half_range > 0, half_range, th.inf)
             actions, soft_bound = (actions - middle) / half_range, SOFT_BOUNDS["clip"]
-        return nn.functional.relu(actions.abs() - soft_bound).square().sum(dim=-1)
+        # (towards the middle by the soft bound, zero inside)
+        return nn.functional.softshrink(actions, soft_bound).square().sum(dim=-1)
 
     def log_squashing(self, actions: th.Tensor) -> th.Tensor:
         """
