@@ -148,17 +148,18 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     :param run: The run to go on with, in its folder, see :meth:`Run.resume`. None for a new run
     :param locks: Releases the lock of a new run in the end
-    :param vec_env_type: "dummy", "subproc", or "envpool", which trains in EnvPool and evaluates in the ordinary environment
     :param args: See ``ExperimentManager``
-    :param kwargs: See ``ExperimentManager``
+    :param kwargs: See ``ExperimentManager``, whose ``vec_env_type`` may be "envpool", too
     """
 
-    def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, vec_env_type: str = "dummy", **kwargs):
-        self.in_envpool = vec_env_type == "envpool"
-        super().__init__(*args, vec_env_type="dummy" if self.in_envpool else vec_env_type, **kwargs)
+    def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, **kwargs):
+        #: Whether to train in EnvPool, which is no type of rl-zoo3's. Evaluations are in the ordinary environment
+        self.in_envpool = kwargs.get("vec_env_type") == "envpool"
         if self.in_envpool:
-            # (which they are not, on purpose)
+            kwargs["vec_env_type"] = "dummy"
+            # (on purpose)
             warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
+        super().__init__(*args, **kwargs)
         # (what makes one, in place of a class: rl-zoo3 only calls it)
         self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
         self.has_own_hyperparams = False
@@ -188,8 +189,8 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        Those of the run that is resumed. For a new one, the hyperparameters of the environment (for a task of EnvPool also
-        those of the ordinary one), else those of its namespace (``default/dm_control``), else the default ones. Observations of
+        Those of the run that is resumed. For a new one, the hyperparameters of the environment (or those of the ordinary one,
+        for a task of EnvPool), else those of its namespace (``default/dm_control``), else the default ones. Observations of
         dm_control, each a Dict, are flattened.
         """
         if self.run is not None:
