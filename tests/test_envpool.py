@@ -390,8 +390,9 @@ def test_tasks_that_are_refused_have_a_reason():
 def main(monkeypatch, tmp_path):
     """The command line, in a folder of its own."""
     pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
-    from sb3_flow.zoo import cli
+    from sb3_flow.zoo import cli, register
 
+    register()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MUJOCO_GL", "egl")
 
