@@ -461,7 +461,6 @@ def test_id_of_envpool(main, made, algo, params):
     main(f"enjoy {run} --no-render -n 20 --verbose 0")
 
 
-@pytest.mark.slow
 def test_search_in_envpool(main, made):
     pytest.importorskip("mujoco", reason='needs pip install "sb3-flow[mujoco]"')
     search = "optimize --algo fql --env envpool/InvertedPendulum-v5 -n 64 --n-trials 1 --n-evaluations 1 --eval-episodes 1"
@@ -486,7 +485,7 @@ def test_hyperparameters_and_environments_of_dm_control(main, tmp_path, env_id):
         found = made.read_hyperparameters()[0]
         # (0.95 in the block of this task, 0.995 in that of dm_control)
         assert found["gamma"] == 0.95 and made.has_own_hyperparams
-        made._preprocess_hyperparams(found)
+        _, made.env_wrapper, *_ = made._preprocess_hyperparams(found)
         envs = [made.create_envs(2, eval_env=is_eval, no_log=True) for is_eval in (False, True)]
         assert [type(env.unwrapped).__name__ for env in envs] == ["EnvPoolVecEnv", "DummyVecEnv"]
         assert envs[0].observation_space == envs[1].observation_space and envs[0].action_space == envs[1].action_space
