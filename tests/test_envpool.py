@@ -178,7 +178,7 @@ def test_statistics(tmp_path):
         assert info["episode"]["r"] == pytest.approx(episode_return, abs=1e-6)
         assert info["episode"]["l"] == 4 and 0 < info["episode"]["t"] < 60
         assert info["episode"]["x_position"] == info["x_position"]
-    assert all(info == {"TimeLimit.truncated": False, "x_position": 0, "x_velocity": 0} for info in env.reset_infos)
+    assert all(info == {"x_position": 0, "x_velocity": 0} for info in env.reset_infos)
     # A reset in the middle begins anew
     env.step(np.zeros((3, 3)))
     env.reset()
@@ -202,9 +202,7 @@ def test_wrappers_of_sb3():
     assert not obs[:, :17].any() and infos[0]["terminal_observation"].shape == (34,)
     assert infos[0]["terminal_observation"][:17].any()
     assert env.env_is_wrapped(Monitor) == [True, True] and env.env_is_wrapped(TimeLimit, indices=0) == [False]
-    assert (
-        env.get_attr("render_mode") == [None, None] and env.get_attr("spec", indices=[1])[0].id == "dm_control/cheetah-run-v0"
-    )
+    assert env.get_attr("render_mode") == [None, None] and env.get_attr("action_space", indices=[1]) == [env.action_space]
     assert env.has_attr("action_space") and not env.has_attr("model")
     env.close()
     env.close()

@@ -355,7 +355,7 @@ class EnvPoolVecEnv(VecEnv):
         if self._pool is None:
             raise RuntimeError("`reset()` must be called before `step()`")
         obs, rewards, terminated, truncated, info = self._pool.step(self._actions)
-        obs, infos = self._to_obs(obs), self._to_infos(info, self.num_envs)
+        obs, infos = self._to_obs(obs), self._to_infos(info, self.num_envs, {"TimeLimit.truncated": False})
         self._returns += rewards
         lengths = info["elapsed_step"]
         is_at_limit = lengths >= self._limit
@@ -382,8 +382,8 @@ class EnvPoolVecEnv(VecEnv):
             return obs
         return np.concatenate([obs[key].reshape(len(obs[key]), -1) for key in self._keys], axis=1)
 
-    def _to_infos(self, info: dict[str, Any], n_envs: int) -> list[dict[str, Any]]:
-        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(n_envs)]
+    def _to_infos(self, info: dict[str, Any], n_envs: int, more: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        infos: list[dict[str, Any]] = [dict(more or {}) for _ in range(n_envs)]
         for key in self._info_keys:
             for env_info, value in zip(infos, info[key], strict=True):
                 env_info[key] = value
