@@ -461,6 +461,17 @@ def test_id_of_envpool(main, made, algo, params):
     main(f"enjoy {run} --no-render -n 20 --verbose 0")
 
 
+def test_a_run_with_a_wrapper_does_not_go_on_in_envpool(main, capsys):
+    pytest.importorskip("mujoco", reason='needs pip install "sb3-flow[mujoco]"')
+    run = "--algo ppo --env InvertedPendulum-v5"
+    wrapper = "env_wrapper:'\"rl_zoo3.wrappers.TimeFeatureWrapper\"'"
+    main(f"train {run} -n 128 --eval-freq -1 {OPTIONS} -params {SMALL} {wrapper}")
+    with pytest.raises(SystemExit):
+        main(f"train {run} --resume -n 256 --vec-env envpool")
+    assert "found env_wrapper:'rl_zoo3.wrappers.TimeFeatureWrapper'" in capsys.readouterr().err
+    main(f"train {run} --resume -n 256")
+
+
 def test_search_in_envpool(main, made):
     pytest.importorskip("mujoco", reason='needs pip install "sb3-flow[mujoco]"')
     search = "optimize --algo fql --env envpool/InvertedPendulum-v5 -n 64 --n-trials 1 --n-evaluations 1 --eval-episodes 1"
