@@ -13,10 +13,11 @@ import io
 import itertools
 import os
 import pathlib
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -49,6 +50,8 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(days=1)
 #: Where one that stops tells the others why
 STOPPED = "sb3_flow/stopped"
+#: Why, if it was by Ctrl-C or the like
+INTERRUPTED = KeyboardInterrupt.__name__
 
 #: Callbacks that only rank 0 has
 OF_RANK_ZERO = (EvalCallback, CheckpointCallback, ProgressBarCallback)
@@ -70,13 +73,15 @@ class RankError(RuntimeError):
 
     def __init__(self, reason: str | None):
         self.reason = reason
-        super().__init__(reason or "another process has ended, or cannot be reached any more: the training of all is over")
+        super().__init__(reason or "one of the processes has ended, or cannot be reached any more")
 
 
 class _Groups(NamedTuple):
     """The process group of the script, and our own."""
 
     world: Any
+    #: What the processes tell each other without waiting
+    store: Any
     #: gloo, for what is on the CPU
     cpu: Any
     #: NCCL where each process has a GPU of its own, else gloo. It is made when it is needed
@@ -149,7 +154,8 @@ def _group(device: th.device) -> Any:
         atexit.register(_leave)
     if _groups is None or _groups.world is not dist.group.WORLD:
         with _peers():
-            _groups = _Groups(dist.group.WORLD, dist.new_group(backend="gloo", timeout=TIMEOUT), [])
+            store = dist.distributed_c10d._get_default_store()
+            _groups = _Groups(dist.group.WORLD, store, dist.new_group(backend="gloo", timeout=TIMEOUT), [])
     if device.type != "cuda":
         return _groups.cpu
     if not _groups.cuda:
@@ -166,16 +172,31 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-        try:
-            told = store is not None and store.check([STOPPED])
-            reason = store.get(STOPPED).decode() if told and store is not None else None
-        except RuntimeError:
-            # It was at the process that has stopped
-            reason = None
-        if reason == KeyboardInterrupt.__name__:
-            raise KeyboardInterrupt from error
-        raise RankError(reason) from error
+        reason = _reason()
+        if reason == INTERRUPTED:
+            raise KeyboardInterrupt from None
+        raise RankError(reason) from (error if reason is None else None)
+
+
+def _reason() -> str | None:
+    """Why another process has stopped, if it has told so."""
+    # (the store may be at the process that has stopped)
+    with suppress(RuntimeError):
+        if _groups is not None and _groups.store.check([STOPPED]):
+            return _groups.store.get(STOPPED).decode()
+    return None
+
+
+def tells(error: RankError) -> bool:
+    """
+    :param error: What has ended this process
+    :return: whether it is this one that prints so: rank 0, or the first one that notices that another was killed
+    """
+    if error.reason is not None or _groups is None:
+        return rank() == 0
+    with suppress(RuntimeError):
+        return _groups.store.add(f"{STOPPED}/told", 1) == 1
+    return True
 
 
 @contextmanager
@@ -188,19 +209,25 @@ def together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if dist.is_initialized():
-            if not isinstance(error, RankError):
-                told = f"rank {rank()} has stopped: {error}"
-                is_interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-                try:
-                    dist.distributed_c10d._get_default_store().set(
-                        STOPPED, KeyboardInterrupt.__name__ if is_interrupted else told
-                    )
-                except RuntimeError:
-                    # It was at a process that has stopped
-                    pass
+        reason = _reason()
+        if reason is None and not isinstance(error, RankError) and dist.is_initialized():
+            is_interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+            with suppress(RuntimeError):
+                assert _groups is not None
+                _groups.store.set(STOPPED, INTERRUPTED if is_interrupted else f"rank {rank()} has stopped: {error}")
         _leave()
+        if isinstance(error, KeyboardInterrupt) and reason not in (None, INTERRUPTED):
+            # torchrun has ended this process because of the other one
+            raise RankError(reason) from None
         raise
+
+
+def ignore_signals() -> None:
+    """This process is going to end: ``torchrun``, which ends it if another one has, is not to disturb it."""
+    # (only the main thread can)
+    with suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM) if world_size() > 1 else ():
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _leave() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 from collections import OrderedDict
 from contextlib import ExitStack
 from inspect import signature
@@ -26,6 +27,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_flow import distributed
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
 from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for, read_conf_file
 from sb3_flow.zoo.errors import InputError
@@ -148,6 +150,9 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        # (a random one is another in each process)
+        self.seed = distributed.broadcast(self.seed)
+        self.show_progress = self.show_progress and distributed.rank() == 0
         # (what makes one, in place of a class: rl-zoo3 only calls it)
         self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
         self.has_own_hyperparams = False
@@ -258,6 +263,14 @@ class FlowExperimentManager(CheckedExperimentManager):
         if self.optimize_hyperparameters:
             # A search has no run of its own, which would be taken for the latest one
             return
+        if distributed.rank() == 0:
+            self._create_log_folder()
+        self.save_path = distributed.broadcast(self.save_path)
+        self.params_path = f"{self.save_path}/{self.env_name}"
+        # (another machine may have a disk of its own)
+        os.makedirs(self.save_path, exist_ok=True)
+
+    def _create_log_folder(self) -> None:
         if self.run is not None:
             remove_unfinished(self.run.folder)
             return
@@ -276,7 +289,7 @@ class FlowExperimentManager(CheckedExperimentManager):
         self.locks.enter_context(lock(Path(self.save_path)))
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        if self.run is not None and not eval_env and not no_log:
+        if self.run is not None and not eval_env and not no_log and distributed.rank() == 0:
             # New Monitor files beside the old ones: each has a clock of its own, that their readers take into account
             n_resumed = len({path.name.split(".")[0] for path in self.run.folder.glob("before_*.monitor.csv")})
             for path in self.run.folder.glob("[0-9]*.monitor.csv"):
@@ -285,7 +298,13 @@ class FlowExperimentManager(CheckedExperimentManager):
                     path.unlink()
                     continue
                 self.earlier_logs.append((path, path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))))
-        return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+        if eval_env:
+            return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+        n_envs = distributed.share("n_envs", n_envs)
+        # (they wait for rank 0)
+        distributed.gather(None)
+        with patches.envs_from(distributed.rank() * n_envs):
+            return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         try:
@@ -307,6 +326,8 @@ class FlowExperimentManager(CheckedExperimentManager):
             renamed.replace(path)
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if distributed.rank() > 0:
+            return
         if self.run is None:
             # Which of those of the YAML file and of the command line they are
             self.args.env_kwargs = self.env_kwargs or None
@@ -348,6 +369,8 @@ class FlowExperimentManager(CheckedExperimentManager):
         paths = [agent.replay_buffer, *([agent.path.with_name("replay_buffer.pkl")] if self.run is None else [])]
         paths = [path for path in paths if path.is_file()]
         reason = None if self.run is None else self.run.state.why_no_replay_buffer
+        if distributed.world_size() > 1:
+            reason = f"each of the {distributed.world_size()} processes has a replay buffer of its own"
         if paths and reason is None:
             print(f"Loading replay buffer {paths[0]}")
             model.load_replay_buffer(paths[0], truncate_last_traj=self.truncate_last_trajectory)
@@ -361,6 +384,8 @@ class FlowExperimentManager(CheckedExperimentManager):
         # Ours in place of rl-zoo3's
         save_freq, eval_freq, self.save_freq, self.eval_freq = self.save_freq, self.eval_freq, -1, -1
         super().create_callbacks()
+        if distributed.rank() > 0:
+            return
         folder = Path(self.save_path)
         periodic: list[BaseCallback] = []
         if save_freq > 0:
@@ -448,7 +473,18 @@ class FlowExperimentManager(CheckedExperimentManager):
             except KeyboardInterrupt:
                 # rl-zoo3 keeps it to itself
                 self.is_interrupted = True
+                # (it may have been that of another process)
+                distributed.ignore_signals()
                 raise
+            except distributed.RankError as error:
+                if error.reason is not None:
+                    raise
+                # Another one was killed: nothing of what was learned is lost
+                self.is_interrupted = True
+                distributed.ignore_signals()
+                if distributed.tells(error):
+                    print(f"sb3-flow: error: {error}", file=sys.stderr)
+                raise KeyboardInterrupt from None
 
         try:
             # (rl-zoo3 uses no more of the model than this)
@@ -465,7 +501,7 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     def _continue_tensorboard(self, model: BaseAlgorithm) -> None:
         """In the folder of the run. SB3 takes the latest one, which may be that of another run."""
-        if model.tensorboard_log is None:
+        if model.tensorboard_log is None or distributed.rank() > 0:
             return
         remembered = Path(self.params_path) / "tensorboard.txt"
         is_own = self.run is not None and self.run.args["tensorboard_log"] == self.args.tensorboard_log
@@ -480,6 +516,8 @@ class FlowExperimentManager(CheckedExperimentManager):
             (unfinished / "tensorboard.txt").write_text(str(Path(model.logger.dir).absolute()))
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
+        if distributed.rank() > 0:
+            return
         print(f"Saving to {self.save_path}")
         with written_whole(Path(self.save_path)) as unfinished:
             model.save(unfinished / f"{self.env_name}.zip")
