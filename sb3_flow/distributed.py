@@ -16,7 +16,8 @@ import pathlib
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -53,6 +54,9 @@ STOPPED = "sb3_flow/stopped"
 #: Why, if it was by Ctrl-C or the like
 INTERRUPTED = KeyboardInterrupt.__name__
 
+#: Seconds in which a process that is not dead tells that it stops
+WAIT_FOR_WORD = 3.0
+
 #: Callbacks that only rank 0 has
 OF_RANK_ZERO = (EvalCallback, CheckpointCallback, ProgressBarCallback)
 #: Attributes that are not hyperparameters, or need not be the same
@@ -69,11 +73,13 @@ class RankError(RuntimeError):
     Another process has stopped, and with it the training.
 
     :param reason: What it told before it stopped, None if it did not
+    :param silent: Numbers of the processes that have told nothing
     """
 
-    def __init__(self, reason: str | None):
+    def __init__(self, reason: str | None, silent: Sequence[int] = ()):
         self.reason = reason
-        super().__init__(reason or "one of the processes has ended, or cannot be reached any more")
+        who = f"rank {', '.join(map(str, silent))}" if silent else "one of the processes"
+        super().__init__(reason or f"{who} was killed, or cannot be reached any more: the training of all ends")
 
 
 class _Groups(NamedTuple):
@@ -209,25 +215,70 @@ def together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        reason = _reason()
-        if reason is None and not isinstance(error, RankError) and dist.is_initialized():
-            is_interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-            with suppress(RuntimeError):
-                assert _groups is not None
-                _groups.store.set(STOPPED, INTERRUPTED if is_interrupted else f"rank {rank()} has stopped: {error}")
-        _leave()
-        if isinstance(error, KeyboardInterrupt) and reason not in (None, INTERRUPTED):
-            # torchrun has ended this process because of the other one
-            raise RankError(reason) from None
+        if not dist.is_initialized():
+            raise
+        with undisturbed():
+            _tell(error)
+            _leave()
+            if isinstance(error, KeyboardInterrupt) or (isinstance(error, RankError) and error.reason is None):
+                # torchrun interrupts this process if another one has ended
+                reason = _reason()
+                if reason not in (None, INTERRUPTED):
+                    raise RankError(reason) from None
+                if silent := _silent_ranks():
+                    raise RankError(None, silent) from None
         raise
 
 
-def ignore_signals() -> None:
-    """This process is going to end: ``torchrun``, which ends it if another one has, is not to disturb it."""
+def _tell(error: BaseException) -> None:
+    """
+    Tell the other processes that this one stops.
+
+    :param error: Why
+    """
+    told = INTERRUPTED if isinstance(error, (KeyboardInterrupt, SystemExit)) else f"rank {rank()} has stopped: {error}"
+    with suppress(RuntimeError):
+        assert _groups is not None
+        if not isinstance(error, RankError) and _reason() is None:
+            _groups.store.set(STOPPED, told)
+        _groups.store.set(f"{STOPPED}/{rank()}", "")
+
+
+def _silent_ranks() -> list[int]:
+    """Numbers of the processes that have not stopped by themselves, for which this one waits a little."""
+    silent = list(range(world_size()))
+    end = time.monotonic() + WAIT_FOR_WORD
+    with suppress(RuntimeError):
+        while silent and time.monotonic() < end:
+            silent = [number for number in silent if _groups is None or not _groups.store.check([f"{STOPPED}/{number}"])]
+            time.sleep(0.02)
+        return silent
+    # (the store was at a process that was killed)
+    return [0]
+
+
+def ignore_signals() -> list[tuple[int, Any]]:
+    """
+    This process is going to end: ``torchrun``, which ends it if another one has, is not to disturb it.
+
+    :return: the handlers of the signals before
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM) if world_size() > 1 else ()
     # (only the main thread can)
     with suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM) if world_size() > 1 else ():
-            signal.signal(number, signal.SIG_IGN)
+        return [(number, signal.signal(number, signal.SIG_IGN)) for number in numbers]
+    return []
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that would interrupt the body are ignored."""
+    former = ignore_signals()
+    try:
+        yield
+    finally:
+        for number, handler in former:
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _leave() -> None:

@@ -483,7 +483,8 @@ class FlowExperimentManager(CheckedExperimentManager):
                 self.is_interrupted = True
                 distributed.ignore_signals()
                 if distributed.tells(error):
-                    print(f"sb3-flow: error: {error}", file=sys.stderr)
+                    hint = "" if distributed.rank() == 0 else f". To go on: sb3-flow train --resume {self.save_path}"
+                    print(f"sb3-flow: error: {error}{hint}", file=sys.stderr)
                 raise KeyboardInterrupt from None
 
         try:
