@@ -269,10 +269,13 @@ class FlowExperimentManager(CheckedExperimentManager):
         self.params_path = f"{self.save_path}/{self.env_name}"
         # (another machine may have a disk of its own)
         os.makedirs(self.save_path, exist_ok=True)
+        # Rank 0 is not to remove it before
+        distributed.gather(None)
 
     def _create_log_folder(self) -> None:
         if self.run is not None:
             remove_unfinished(self.run.folder)
+            self._rename_earlier_logs(self.run.folder)
             return
         self.new_parents = [folder for folder in Path(self.save_path).parents if not folder.exists()]
         while not self.has_new_folder:
@@ -288,21 +291,20 @@ class FlowExperimentManager(CheckedExperimentManager):
         os.makedirs(self.params_path)
         self.locks.enter_context(lock(Path(self.save_path)))
 
+    def _rename_earlier_logs(self, folder: Path) -> None:
+        """New Monitor files beside the old ones: each has a clock of its own, that their readers take into account."""
+        n_resumed = len({path.name.split(".")[0] for path in folder.glob("before_*.monitor.csv")})
+        for path in folder.glob("[0-9]*.monitor.csv"):
+            if not path.read_text():
+                # The process was killed before it wrote the header, without which no reader can do
+                path.unlink()
+                continue
+            self.earlier_logs.append((path, path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))))
+
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        if self.run is not None and not eval_env and not no_log and distributed.rank() == 0:
-            # New Monitor files beside the old ones: each has a clock of its own, that their readers take into account
-            n_resumed = len({path.name.split(".")[0] for path in self.run.folder.glob("before_*.monitor.csv")})
-            for path in self.run.folder.glob("[0-9]*.monitor.csv"):
-                if not path.read_text():
-                    # The process was killed before it wrote the header, without which no reader can do
-                    path.unlink()
-                    continue
-                self.earlier_logs.append((path, path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))))
         if eval_env:
             return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
         n_envs = distributed.share("n_envs", n_envs)
-        # (they wait for rank 0)
-        distributed.gather(None)
         with patches.envs_from(distributed.rank() * n_envs):
             return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
 
