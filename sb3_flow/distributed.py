@@ -42,7 +42,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 #: What ``torchrun`` tells a process about the others
@@ -333,10 +333,11 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def _sum(tensor: th.Tensor, operation: Any = dist.ReduceOp.SUM if dist.is_available() else None) -> th.Tensor:
+def _all_reduce(tensor: th.Tensor) -> th.Tensor:
+    """The sum over all processes, in place."""
     group = _group(tensor.device)
     with _peers():
-        dist.all_reduce(tensor, operation, group=group)
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -345,15 +346,7 @@ def mean(tensor: th.Tensor) -> th.Tensor:
     :param tensor: Means over the share of each process, all of the same size. Without gradient
     :return: means over the whole
     """
-    return tensor if world_size() == 1 else _sum(tensor.clone()) / world_size()
-
-
-def maximum(tensor: th.Tensor) -> th.Tensor:
-    """
-    :param tensor: Of each process. Without gradient
-    :return: the largest of all
-    """
-    return tensor if world_size() == 1 else _sum(tensor.clone(), dist.ReduceOp.MAX)
+    return tensor if world_size() == 1 else _all_reduce(tensor.clone()) / world_size()
 
 
 def normalize(values: th.Tensor) -> th.Tensor:
@@ -381,7 +374,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = _sum(th.cat([gradient.flatten() for gradient in gradients])).div_(world_size())
+    flat = _all_reduce(th.cat([gradient.flatten() for gradient in gradients])).div_(world_size())
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
@@ -399,7 +392,7 @@ def merge_statistics(statistics: list[RunningMeanStd], former: list[RunningMeanS
         shift = new.mean - old.mean
         first, second = new.count * shift, new.count * (new.var + shift**2) - old.count * old.var
         added += [np.atleast_1d(new.count - old.count), np.ravel(first), np.ravel(second)]
-    sums = _sum(th.as_tensor(np.concatenate(added), dtype=th.float64)).numpy()
+    sums = _all_reduce(th.as_tensor(np.concatenate(added), dtype=th.float64)).numpy()
     parts = iter(np.split(sums, np.cumsum([len(part) for part in added])[:-1]))
     for new, old in zip(statistics, former, strict=True):
         count, first, second = old.count + next(parts)[0], *(next(parts).reshape(np.shape(old.mean)) for _ in range(2))
@@ -490,8 +483,8 @@ class DistributedAlgorithm(BaseAlgorithm):
 
     _since_last_meeting: _SinceLastMeeting | None = None
 
-    def __init__(self, *args, device: th.device | str = "auto", **kwargs):
-        super().__init__(*args, device=local_device(device), **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | dict(device=local_device(kwargs.get("device", "auto"))))
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -515,11 +508,11 @@ class DistributedAlgorithm(BaseAlgorithm):
             # (there is no other name for the class of all of them)
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(
-                    f"{type(module).__name__} normalizes over the batch of one process: it cannot be trained by {world_size()} "
-                    "of them, LayerNorm can"
+                    f"{type(module).__name__} normalizes over the batch of one process, and cannot be trained by "
+                    f"{world_size()}: LayerNorm can"
                 )
         statistics = running_statistics(self._vec_normalize_env)
-        settings = {
+        settings: dict[str, Any] = {
             name: value
             for name, value in vars(self).items()
             if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and name not in OF_EACH_RANK
@@ -603,7 +596,7 @@ class DistributedAlgorithm(BaseAlgorithm):
         # A callback may have ended the rollout before its last step
         self._merge_statistics()
         numbers = [not continue_training, self._episode_num - mine.n_episodes, len(mine.episodes) + len(mine.successes)]
-        n_stopped, n_episodes, n_infos = _sum(th.tensor(numbers, dtype=th.float64)).tolist()
+        n_stopped, n_episodes, n_infos = _all_reduce(th.tensor(numbers, dtype=th.float64)).tolist()
         self._episode_num = mine.n_episodes + int(n_episodes)
         if n_infos > 0:
             everyones = gather((mine.episodes, mine.successes))
@@ -624,8 +617,8 @@ class DistributedAlgorithm(BaseAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save all the attributes of the object and the model parameters in a zip-file. Several processes can do so at once, under
-        the same name.
+        Save all the attributes of the object and the model parameters in a zip-file. Several processes can do so under one
+        name.
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
@@ -661,16 +654,20 @@ class DistributedOffPolicyAlgorithm(DistributedAlgorithm, OffPolicyAlgorithm):
     def _begin_together(self, n_steps: int) -> None:
         assert isinstance(self.train_freq, TrainFreq) and self.replay_buffer is not None
         if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
-            raise ValueError("`train_freq` must be a number of steps with several processes, whose episodes end at other times")
+            raise ValueError(
+                "`train_freq` must be a number of steps with several processes, whose episodes end at other times"
+            )
         if self.replay_buffer.n_envs != self.n_envs:
-            raise ValueError(f"The replay buffer is of {self.replay_buffer.n_envs} environments, but there are {self.n_envs} here")
+            raise ValueError(
+                f"The replay buffer is of {self.replay_buffer.n_envs} environments, but there are {self.n_envs} here"
+            )
         super()._begin_together(n_steps)
 
-    def collect_rollouts(self, *args, log_interval: int | None = None, **kwargs) -> RolloutReturn:
+    def collect_rollouts(self, *args, **kwargs) -> RolloutReturn:
         if world_size() == 1:
-            return super().collect_rollouts(*args, log_interval=log_interval, **kwargs)
-        n_episodes = self._episode_num
-        rollout = super().collect_rollouts(*args, log_interval=None, **kwargs)
+            return super().collect_rollouts(*args, **kwargs)
+        log_interval, n_episodes = kwargs.pop("log_interval", None), self._episode_num
+        rollout = super().collect_rollouts(*args, **kwargs)
         continue_training = self._meet(rollout.continue_training)
         # (one number of episodes may be skipped)
         if log_interval is not None and self._episode_num // log_interval > n_episodes // log_interval:

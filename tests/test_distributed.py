@@ -69,8 +69,11 @@ def fpo_update(config, rank=None):
     orders = [[th.randperm(share, generator=generator) + number * share for number in range(N_RANKS)] for _ in range(2)]
     orders[0] = [th.arange(share) + number * share for number in range(N_RANKS)]
     epochs = [
-        [th.cat(parts) for parts in zip(*(order.split(size) for order in (orders_ if rank is None else [orders_[rank]])))]
-        for orders_ in orders
+        [
+            th.cat(parts)
+            for parts in zip(*(part.split(size) for part in (order if rank is None else [order[rank]])), strict=True)
+        ]
+        for order in orders
     ]
     rows = th.cat(epochs[0])
     position = th.zeros(N_TRANSITIONS, dtype=th.long)
@@ -89,7 +92,9 @@ def fql_update(config, rank=None):
     """As :func:`fpo_update`."""
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
     optimizer = dict(optimizer_kwargs=dict(eps=1e-5))
-    model = FQL("MlpPolicy", env, batch_size=16, seed=0, device="cpu", policy_kwargs=dict(net_arch=[32], **optimizer), **config)
+    model = FQL(
+        "MlpPolicy", env, batch_size=16, seed=0, device="cpu", policy_kwargs=dict(net_arch=[32], **optimizer), **config
+    )
     model.set_logger(Logger(None, []))
     generator = th.Generator().manual_seed(1)
     rows = slice(None) if rank is None else slice(8 * rank, 8 * rank + 8)
@@ -150,7 +155,9 @@ def state(model, callback):
 
 def learn_fpo(n_timesteps=1024, **kwargs):
     env = VecNormalize(make_vec_env("Pendulum-v1", 2))
-    kwargs = dict(n_steps=64, batch_size=64, n_epochs=2, seed=3, device="cpu", ent_coef=0.01, ema_decay=0.9, ema_start=1) | kwargs
+    kwargs = (
+        dict(n_steps=64, batch_size=64, n_epochs=2, seed=3, device="cpu", ent_coef=0.01, ema_decay=0.9, ema_start=1) | kwargs
+    )
     model, callback = FPO("MlpPolicy", env, **kwargs), Record()
     if distributed.rank() > 0:
         # Whatever has happened before
@@ -161,7 +168,10 @@ def learn_fpo(n_timesteps=1024, **kwargs):
 
 
 def make_fql(**kwargs):
-    kwargs = dict(learning_starts=100, batch_size=32, buffer_size=301, seed=3, device="cpu", policy_kwargs=dict(net_arch=[16])) | kwargs
+    kwargs = (
+        dict(learning_starts=100, batch_size=32, buffer_size=301, seed=3, device="cpu", policy_kwargs=dict(net_arch=[16]))
+        | kwargs
+    )
     return FQL("MlpPolicy", make_vec_env("Pendulum-v1", 2), **kwargs)
 
 
@@ -182,7 +192,9 @@ def scenarios(folder):
     callback = Record(stop_at=300)
     # (evaluations and checkpoints are those of rank 0)
     others = [
-        EvalCallback(make_vec_env("Pendulum-v1"), eval_freq=50, n_eval_episodes=1, log_path=f"{folder}/eval_{rank}", verbose=0),
+        EvalCallback(
+            make_vec_env("Pendulum-v1"), eval_freq=50, n_eval_episodes=1, log_path=f"{folder}/eval_{rank}", verbose=0
+        ),
         CheckpointCallback(50, f"{folder}/checkpoints_{rank}"),
     ]
     model = make_fql(verbose=1, tensorboard_log=f"{folder}/tensorboard_{rank}").learn(1000, callback=[*others, callback])
@@ -198,7 +210,9 @@ def scenarios(folder):
         next_observations=rng.uniform(-1, 1, (50, 3)).astype(np.float32),
     )  # fmt: skip
     callback = Record(stop_at=30)
-    model = make_fql(dataset=dataset, dataset_kwargs=dict(validation=0.2)).learn_offline(100, callback=callback, log_interval=10)
+    model = make_fql(dataset=dataset, dataset_kwargs=dict(validation=0.2)).learn_offline(
+        100, callback=callback, log_interval=10
+    )
     results["offline"] = state(model, callback)
 
     # What is refused, by all of them
@@ -358,7 +372,16 @@ def in_an_empty_folder(monkeypatch, tmp_path):
 
 
 def torchrun(*args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(N_RANKS), "-m", "sb3_flow.zoo"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(N_RANKS),
+        "-m",
+        "sb3_flow.zoo",
+    ]
     return subprocess.Popen([*command, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
