@@ -14,7 +14,6 @@ import itertools
 import os
 import pathlib
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -165,7 +164,7 @@ def _group(device: th.device) -> Any:
     if device.type != "cuda":
         return _groups.cpu
     if not _groups.cuda:
-        gpus = gather((socket.gethostname(), th.cuda.current_device()))
+        gpus = gather(str(th.cuda.get_device_properties(device).uuid))
         has_own = len(set(gpus)) == len(gpus) and dist.is_nccl_available()
         with _peers():
             _groups.cuda.append(dist.new_group(backend="nccl") if has_own else _groups.cpu)
@@ -517,7 +516,9 @@ class DistributedAlgorithm(BaseAlgorithm):
             for name, value in vars(self).items()
             if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and name not in OF_EACH_RANK
         }
-        settings |= dict(n_timesteps=n_steps, VecNormalize=[np.shape(running.mean) for running in statistics])
+        normalization = self._vec_normalize_env
+        settings |= dict(total_timesteps=n_steps, VecNormalize=[np.shape(running.mean) for running in statistics])
+        settings["VecNormalize.training"] = normalization is not None and normalization.training
         settings |= dict(parameters=[(name, tuple(value.shape)) for name, value in self.policy.state_dict().items()])
         everyones = gather(settings)
         for name in sorted(set().union(*everyones)):
@@ -544,6 +545,7 @@ class DistributedAlgorithm(BaseAlgorithm):
         self.set_logger(Logger(folder=None, output_formats=[]))
 
     def _setup_learn(self, *args, **kwargs) -> tuple[int, BaseCallback]:
+        self._since_last_meeting = None
         if world_size() > 1:
             statistics = [running.copy() for running in running_statistics(self._vec_normalize_env)]
             self._since_last_meeting = _SinceLastMeeting(statistics, self._episode_num)

@@ -32,7 +32,7 @@ FPO_CONFIGS = {
     "default": dict(),
     "value clipping": dict(normalize_advantage=False, clip_range_vf=0.2, max_grad_norm=None),
     "entropy and baseline actions": dict(ent_coef=0.05, n_baseline_actions=2, supervision="elbo", loss_reduction="sum"),
-    "early stopping": dict(target_kl=2e-6, learning_rate=1e-3),
+    "early stopping": dict(target_kl=3.3e-4, learning_rate=1e-3, batch_size=4),
     "truncated minibatch": dict(batch_size=24, ratio_type="per_sample", trust_region="aspo", bounds_loss_coef=0.1),
     "one transition each": dict(batch_size=2, n_epochs=1),
     "positive advantages and average": dict(positive_advantage=True, ema_decay=0.9, ema_start=0),
@@ -215,6 +215,10 @@ def scenarios(folder):
     )
     results["offline"] = state(model, callback)
 
+    callback = Record()
+    options = dict(dataset=dataset, offline_steps=20, balanced_sampling=True, batch_size=34)
+    results["both"] = state(make_fql(**options).learn(200, callback=callback), callback)
+
     # What is refused, by all of them
     refused = {
         "BatchNorm1d": make_fql(),
@@ -325,6 +329,13 @@ def test_callback_of_one_stops_all(ranks):
         first, second = (results[phase] for results in ranks)
         assert first["num_timesteps"] == second["num_timesteps"] == n_timesteps
         assert_equal(first["weights"], second["weights"])
+
+
+def test_offline_to_online(ranks):
+    """Timesteps are gradient steps first, and those of all environments after that."""
+    first, second = (results["both"] for results in ranks)
+    assert first["timesteps"] == second["timesteps"] == [*range(1, 21), *range(24, 221, 4)]
+    assert_equal(first["weights"], second["weights"])
 
 
 def test_rank_zero_logs_evaluates_and_saves(ranks):

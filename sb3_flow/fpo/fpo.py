@@ -107,7 +107,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     :param n_steps: The number of steps to run for each environment per update
         (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
         NOTE: n_steps * n_envs must be greater than 1 (because of the advantage normalization)
-    :param batch_size: Minibatch size
+    :param batch_size: Minibatch size (of all processes together, if ``torchrun`` has started several)
     :param n_epochs: Number of epoch when optimizing the surrogate loss
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator

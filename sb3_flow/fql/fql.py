@@ -75,10 +75,11 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
     :param learning_rate: learning rate for adam optimizer,
         the same learning rate will be used for all networks (Q-Values, Actor and flow)
         it can be a function of the current progress remaining (from 1 to 0)
-    :param buffer_size: size of the replay buffer (of what is collected online)
+    :param buffer_size: size of the replay buffer (of what is collected online), that of all processes together if ``torchrun``
+        has started several
     :param learning_starts: how many steps of the model to collect transitions for before learning starts.
         It becomes 0 with a dataset: there is something to learn from, and a policy better than random actions.
-    :param batch_size: Minibatch size for each gradient update
+    :param batch_size: Minibatch size for each gradient update (of all processes together)
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
     :param gamma: the discount factor
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
