@@ -16,6 +16,8 @@ import pathlib
 import signal
 import tempfile
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -55,6 +57,9 @@ INTERRUPTED = KeyboardInterrupt.__name__
 
 #: Seconds in which a process that is not dead tells that it stops
 WAIT_FOR_WORD = 3.0
+
+#: Number of meetings after which the processes compare their weights
+CHECK_EVERY = 20
 
 #: Callbacks that only rank 0 has
 OF_RANK_ZERO = (EvalCallback, CheckpointCallback, ProgressBarCallback)
@@ -416,6 +421,7 @@ class _SinceLastMeeting:
 
     statistics: list[RunningMeanStd]
     n_episodes: int
+    number: int = 1
     episodes: list[dict[str, Any]] = field(default_factory=list)
     successes: list[float] = field(default_factory=list)
     has_merged_statistics: bool = False
@@ -428,7 +434,7 @@ class _OfAllRanks(CallbackList):
     :param callbacks: Those of this process
     """
 
-    #: Timesteps of the other processes for each step of this one. None in an offline phase
+    #: Timesteps of the other processes for each step of this one, 0 in an offline phase
     n_others = 0
 
     def __init__(self, callbacks: list[BaseCallback]):
@@ -511,15 +517,7 @@ class DistributedAlgorithm(BaseAlgorithm):
                     f"{world_size()}: LayerNorm can"
                 )
         statistics = running_statistics(self._vec_normalize_env)
-        settings: dict[str, Any] = {
-            name: value
-            for name, value in vars(self).items()
-            if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and name not in OF_EACH_RANK
-        }
-        normalization = self._vec_normalize_env
-        settings |= dict(total_timesteps=n_steps, VecNormalize=[np.shape(running.mean) for running in statistics])
-        settings["VecNormalize.training"] = normalization is not None and normalization.training
-        settings |= dict(parameters=[(name, tuple(value.shape)) for name, value in self.policy.state_dict().items()])
+        settings = self._settings_of_all() | dict(total_timesteps=n_steps)
         everyones = gather(settings)
         for name in sorted(set().union(*everyones)):
             values = [theirs.get(name) for theirs in everyones]
@@ -528,21 +526,49 @@ class DistributedAlgorithm(BaseAlgorithm):
                     found = "" if name == "parameters" else f": {values[0]} on rank 0, {value} on rank {number}"
                     raise ValueError(f"`{name}` must be the same in all processes{found}")
 
-        buffer = io.BytesIO()
-        counters = {name: value for name, value in vars(self).items() if name in COUNTERS}
-        th.save(dict(parameters=self.get_parameters(), counters=counters), buffer)
-        state = th.load(io.BytesIO(broadcast(buffer.getvalue())), map_location=self.device, weights_only=False)
+        self._take_state_of_rank_zero()
         theirs = broadcast((statistics, int(th.randint(2**31, ()))))
         if rank() == 0:
             return
-        self.set_parameters(state["parameters"], device=self.device)
-        vars(self).update(state["counters"])
         for running, of_rank_zero in zip(statistics, theirs[0], strict=True):
             vars(running).update(vars(of_rank_zero))
         seed = int(np.random.SeedSequence([theirs[1], rank()]).generate_state(1)[0])
         set_random_seed(seed, using_cuda=self.device.type == "cuda")
         self.action_space.seed(seed)
         self.set_logger(Logger(folder=None, output_formats=[]))
+
+    def _settings_of_all(self) -> dict[str, Any]:
+        """What has to be the same in all processes, by its name."""
+        normalization = self._vec_normalize_env
+        settings: dict[str, Any] = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and name not in OF_EACH_RANK
+        }
+        settings["VecNormalize"] = (
+            None
+            if normalization is None
+            else [normalization.training, *(np.shape(running.mean) for running in running_statistics(normalization))]
+        )
+        settings["parameters"] = [(name, tuple(value.shape)) for name, value in self.policy.state_dict().items()]
+        return settings
+
+    def _take_state_of_rank_zero(self) -> None:
+        buffer = io.BytesIO()
+        counters = {name: value for name, value in vars(self).items() if name in COUNTERS}
+        th.save(dict(parameters=self.get_parameters(), counters=counters), buffer)
+        state = th.load(io.BytesIO(broadcast(buffer.getvalue())), map_location=self.device, weights_only=False)
+        if rank() > 0:
+            self.set_parameters(state["parameters"], device=self.device)
+            vars(self).update(state["counters"])
+
+    def _checksum(self) -> int:
+        """Of the weights, in 20 bits."""
+        checksum = 0
+        for value in self.policy.state_dict().values():
+            if isinstance(value, th.Tensor):
+                checksum = zlib.crc32(value.detach().cpu().flatten().view(th.uint8).numpy().data, checksum)
+        return checksum % 2**20
 
     def _setup_learn(self, *args, **kwargs) -> tuple[int, BaseCallback]:
         self._since_last_meeting = None
@@ -597,8 +623,16 @@ class DistributedAlgorithm(BaseAlgorithm):
             return continue_training
         # A callback may have ended the rollout before its last step
         self._merge_statistics()
+        checksum = self._checksum() if mine.number % CHECK_EVERY == 0 else 0
         numbers = [not continue_training, self._episode_num - mine.n_episodes, len(mine.episodes) + len(mine.successes)]
-        n_stopped, n_episodes, n_infos = _all_reduce(th.tensor(numbers, dtype=th.float64)).tolist()
+        sums = _all_reduce(th.tensor([*numbers, checksum, checksum**2], dtype=th.float64)).tolist()
+        n_stopped, n_episodes, n_infos, checksums, squares = sums
+        if checksums**2 != squares * world_size():
+            warnings.warn(
+                "The weights of the processes were no longer the same, and are those of rank 0 again: something else than the "
+                "training changes them, or the processors do not compute the same"
+            )
+            self._take_state_of_rank_zero()
         self._episode_num = mine.n_episodes + int(n_episodes)
         if n_infos > 0:
             everyones = gather((mine.episodes, mine.successes))
@@ -609,7 +643,7 @@ class DistributedAlgorithm(BaseAlgorithm):
                 # Of each process in turn: the buffer may not have room for all
                 for infos in itertools.zip_longest(*(theirs[index] for theirs in everyones)):
                     buffer.extend(info for info in infos if info is not None)
-        self._since_last_meeting = _SinceLastMeeting(mine.statistics, self._episode_num)
+        self._since_last_meeting = _SinceLastMeeting(mine.statistics, self._episode_num, mine.number + 1)
         return n_stopped == 0
 
     def save(

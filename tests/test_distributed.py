@@ -153,8 +153,8 @@ def state(model, callback):
     )
 
 
-def learn_fpo(n_timesteps=1024, **kwargs):
-    env = VecNormalize(make_vec_env("Pendulum-v1", 2))
+def learn_fpo(n_timesteps=512, **kwargs):
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2, env_kwargs=dict(max_episode_steps=100)))
     kwargs = (
         dict(n_steps=64, batch_size=64, n_epochs=2, seed=3, device="cpu", ent_coef=0.01, ema_decay=0.9, ema_start=1) | kwargs
     )
@@ -173,6 +173,15 @@ def make_fql(**kwargs):
         | kwargs
     )
     return FQL("MlpPolicy", make_vec_env("Pendulum-v1", 2), **kwargs)
+
+
+class Drift(Record):
+    """Changes the weights of one rank."""
+
+    def _on_rollout_end(self):
+        if distributed.rank() == 1:
+            with th.no_grad():
+                self.model.policy.value_net.bias.add_(1)
 
 
 class BadReward(gym.RewardWrapper):
@@ -219,9 +228,16 @@ def scenarios(folder):
     options = dict(dataset=dataset, offline_steps=20, balanced_sampling=True, batch_size=34)
     results["both"] = state(make_fql(**options).learn(200, callback=callback), callback)
 
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.warns(UserWarning, match="no longer the same"):
+        monkeypatch.setattr(distributed, "CHECK_EVERY", 1)
+        env, callback = make_vec_env("Pendulum-v1"), Drift()
+        model = FPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, device="cpu").learn(64, callback=callback)
+    results["drift"] = state(model, callback)
+
     # What is refused, by all of them
     refused = {
         "BatchNorm1d": make_fql(),
+        "`n_transitions`": make_fql(dataset=dataset) if rank == 0 else make_fql(learning_starts=0),
         "`gamma`": make_fql(gamma=0.9 if rank == 0 else 0.8),
         "`n_envs`": FPO("MlpPolicy", make_vec_env("Pendulum-v1", 1 + rank), n_steps=16, batch_size=16, device="cpu"),
         "`train_freq`": FQL("MlpPolicy", make_vec_env("Pendulum-v1"), buffer_size=10, train_freq=(1, "episode"), device="cpu"),
@@ -309,7 +325,7 @@ def test_learning(ranks):
     assert_equal(first["weights"], second["weights"])
     for results in ranks:
         assert_equal(results["learn"]["weights"], results["again"]["weights"])
-        assert results["learn"]["timesteps"] == list(range(4, 1025, 4))
+        assert results["learn"]["timesteps"] == list(range(4, 513, 4))
     assert first["noise"] != second["noise"] and first["action"] != second["action"]
     assert len(first["episodes"]) == 4 and first["episodes"] == second["episodes"] and len(set(first["episodes"])) == 4
 
@@ -318,7 +334,7 @@ def test_learning(ranks):
     assert len(np.unique(np.concatenate([first["observations"][0], second["observations"][0]]), axis=0)) == 4
     for results in first, second:
         mean, var, count = results["statistics"][0]
-        assert count == pytest.approx(len(observations) + 1e-4) and len(observations) == 1024 + 4
+        assert count == pytest.approx(len(observations) + 1e-4) and len(observations) == 512 + 4
         np.testing.assert_allclose(mean, observations.mean(axis=0), atol=1e-6)
         np.testing.assert_allclose(var, observations.var(axis=0), atol=1e-6)
         np.testing.assert_array_equal(results["statistics"][1], first["statistics"][1])
@@ -341,6 +357,10 @@ def test_offline_to_online(ranks):
 def test_rank_zero_logs_evaluates_and_saves(ranks):
     assert set(ranks[0]["saved"]) >= {"eval_0", "checkpoints_0", "tensorboard_0", "same_name.zip"}
     assert not set(ranks[0]["saved"]) & {"eval_1", "checkpoints_1", "tensorboard_1"}
+
+
+def test_weights_that_drift_apart(ranks):
+    assert_equal(*(results["drift"]["weights"] for results in ranks))
 
 
 def test_hyperparameters_are_those_of_all(ranks):

@@ -714,6 +714,11 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
+    def _settings_of_all(self) -> dict[str, Any]:
+        return super()._settings_of_all() | dict(
+            n_transitions=0 if self.offline_buffer is None else len(self.offline_buffer), only_clones=self._only_clones
+        )
+
     def dump_logs(self) -> None:
         """
         Write log data, with the losses of what is held out for validation. Training does not depend on them.
