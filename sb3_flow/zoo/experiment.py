@@ -306,7 +306,10 @@ class FlowExperimentManager(CheckedExperimentManager):
             return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
         n_envs = distributed.share("n_envs", n_envs)
         with patches.envs_from(distributed.rank() * n_envs):
-            return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+            env = super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+        # (nor before their Monitor files are there)
+        distributed.gather(None)
+        return env
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         try:
