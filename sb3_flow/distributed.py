@@ -240,7 +240,11 @@ def _tell(error: BaseException) -> None:
 
     :param error: Why
     """
-    told = INTERRUPTED if isinstance(error, (KeyboardInterrupt, SystemExit)) else f"rank {rank()} has stopped: {error}"
+    told = (
+        INTERRUPTED
+        if isinstance(error, (KeyboardInterrupt, SystemExit))
+        else f"rank {rank()} has stopped: {str(error) or repr(error)}"
+    )
     with suppress(RuntimeError):
         assert _groups is not None
         if not isinstance(error, RankError) and _reason() is None:

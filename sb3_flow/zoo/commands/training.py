@@ -138,9 +138,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
     try:
-        former = signal.signal(signal.SIGTERM, interrupt)
-        if distributed.world_size() > 1:
-            signal.signal(signal.SIGINT, interrupt)
+        numbers = [signal.SIGTERM, *([signal.SIGINT] if distributed.world_size() > 1 else [])]
+        former = {number: signal.signal(number, interrupt) for number in numbers}
     except ValueError:
         # Only the main thread can
         yield
@@ -154,7 +153,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
         print("sb3-flow: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+        for number, handler in former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     if is_terminated:
         sys.exit(128 + signal.SIGTERM)
 
