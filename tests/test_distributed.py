@@ -301,6 +301,7 @@ def assert_equal(first, second):
         assert th.equal(first[name], second[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 @pytest.mark.parametrize("algo, name", [*(("fpo", name) for name in FPO_CONFIGS), *(("fql", name) for name in FQL_CONFIGS)])
 def test_update_is_that_of_one_process(ranks, algo, name):
     """With the transitions of all of them."""
@@ -501,19 +502,6 @@ def test_terminated(in_an_empty_folder):
     assert FPO.load(RUN / "Pendulum-v1.zip").num_timesteps > 0
 
 
-def check_bad_input(args, texts):
-    agent = torchrun(*args)
-    output = agent.communicate(timeout=200)[0]
-    (line,) = own_lines(output)
-    assert agent.returncode != 0 and line.startswith("sb3-flow: error: ") and all(text in line for text in texts)
-    assert not Path("logs").exists()
-
-
-def test_bad_input(in_an_empty_folder):
-    """One line of all of them, and nothing is left."""
-    check_bad_input([*TRAIN, "-params", "n_envs:3"], ["`n_envs`", "2, it is 3"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "args, texts",
@@ -521,10 +509,16 @@ def test_bad_input(in_an_empty_folder):
         (["train", "--algo", "ppo", "--env", "Pendulum-v1"], ["argument --algo", "'ppo'", "fpo"]),
         (["optimize", "--algo", "fpo", "--env", "Pendulum-v1"], ["optimize", "one process"]),
         ([*TRAIN, "-optimize"], ["argument -optimize", "--storage"]),
+        ([*TRAIN, "-params", "n_envs:3"], ["`n_envs`", "2, it is 3"]),
         ([*TRAIN, "-params", "batch_size:63"], ["`batch_size`", "63"]),
         (["train", "--algo", "fql", "--env", "Pendulum-v1", "--save-replay-buffer"], ["argument --save-replay-buffer"]),
         (["train", "--algo", "fpo", "--env", "Pendulum-v9"], ["argument --env", "'Pendulum-v9'"]),
     ],
 )
-def test_bad_inputs(in_an_empty_folder, args, texts):
-    check_bad_input(args, texts)
+def test_bad_input(in_an_empty_folder, args, texts):
+    """One line of all of them, and nothing is left."""
+    agent = torchrun(*args)
+    output = agent.communicate(timeout=200)[0]
+    (line,) = own_lines(output)
+    assert agent.returncode != 0 and line.startswith("sb3-flow: error: ") and all(text in line for text in texts)
+    assert not Path("logs").exists()
