@@ -434,14 +434,18 @@ def own_lines(output):
     return [line for line in output.splitlines() if line.startswith(("sb3-flow:", "Interrupted"))]
 
 
+def wait_for_checkpoint(agent):
+    end = time.monotonic() + 200
+    while not list(RUN.glob("rl_model_*_steps.zip")):
+        assert time.monotonic() < end and agent.poll() is None
+        time.sleep(0.1)
+
+
 def killed(rank):
     """A run, one of whose ranks is killed after its first checkpoint."""
     agent = torchrun(*TRAIN, "-n", 1_000_000, "--save-freq", 256, "--eval-freq", -1, *PARAMS)
     try:
-        end = time.monotonic() + 200
-        while not list(RUN.glob("rl_model_*_steps.zip")):
-            assert time.monotonic() < end and agent.poll() is None, agent.communicate()[0]
-            time.sleep(0.1)
+        wait_for_checkpoint(agent)
         os.kill(workers(agent)[rank], signal.SIGKILL)
         output = agent.communicate(timeout=60)[0]
     finally:
@@ -494,10 +498,12 @@ def test_killed_rank_zero(in_an_empty_folder):
 def test_terminated(in_an_empty_folder):
     """As clusters do it: rank 0 saves."""
     agent = torchrun(*TRAIN, "-n", 1_000_000, "--save-freq", 256, "--eval-freq", -1, *PARAMS)
-    while not list(RUN.glob("rl_model_*_steps.zip")):
-        time.sleep(0.1)
-    agent.send_signal(signal.SIGTERM)
-    output = agent.communicate(timeout=60)[0]
+    try:
+        wait_for_checkpoint(agent)
+        agent.send_signal(signal.SIGTERM)
+        output = agent.communicate(timeout=60)[0]
+    finally:
+        agent.kill()
     assert len(own_lines(output)) == 1 and "Interrupted after" in output
     assert FPO.load(RUN / "Pendulum-v1.zip").num_timesteps > 0
 
