@@ -26,6 +26,7 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_flow import distributed
 from sb3_flow.common.checks import to_int
 from sb3_flow.envs.dm_control import register_dm_control
 
@@ -319,7 +320,9 @@ class EnvPoolVecEnv(VecEnv):
         self._results_writer: ResultsWriter | None = None
         if monitor_dir is not None:
             header: dict[str, Any] = {"t_start": self._t_start, "env_id": f"{NAMESPACE}{envpool_id}"}
-            self._results_writer = ResultsWriter(os.path.join(monitor_dir, "0"), header, self._info_keywords)
+            # (each of several processes has one)
+            path = os.path.join(monitor_dir, str(distributed.rank()))
+            self._results_writer = ResultsWriter(path, header, self._info_keywords)
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         if seed is not None:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_flow import distributed
 from sb3_flow.zoo import FLOW_ALGOS, default_conf_file
 from sb3_flow.zoo.arguments import (
     Parser,
@@ -98,6 +101,8 @@ def train() -> None:
     defaults = dict(save_freq=DEFAULT_SAVE_FREQ, vec_env=None) if run is None else run.defaults()
 
     def check(args: argparse.Namespace) -> None:
+        if distributed.world_size() > 1:
+            _check_distributed(args, is_new=run is None)
         check_env(args.env, args.gym_packages, env_kwargs=args.env_kwargs, eval_env_kwargs=args.eval_env_kwargs)
         args.vec_env = check_vec_env(args.vec_env, args.env, args.env_kwargs)
         if run is None:
@@ -128,13 +133,16 @@ def _terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM, with which clusters end a job, is Ctrl-C in the body: the model is saved. The exit status is its own."""
     is_terminated = False
 
-    def interrupt(*_) -> None:
+    def interrupt(number: int, _) -> None:
         nonlocal is_terminated
-        is_terminated = True
+        is_terminated = number == signal.SIGTERM
+        # (torchrun passes on what this process may have got already)
+        distributed.ignore_signals()
         raise KeyboardInterrupt
 
     try:
-        former = signal.signal(signal.SIGTERM, interrupt)
+        numbers = [signal.SIGTERM, *([signal.SIGINT] if distributed.world_size() > 1 else [])]
+        former = {number: signal.signal(number, interrupt) for number in numbers}
     except ValueError:
         # Only the main thread can
         yield
@@ -148,9 +156,26 @@ def _terminated_as_interrupted() -> Iterator[None]:
         print("sb3-flow: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+        for number, handler in former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     if is_terminated:
         sys.exit(128 + signal.SIGTERM)
+
+
+def _check_distributed(args: argparse.Namespace, is_new: bool) -> None:
+    """What several processes cannot do."""
+    several = f"the {distributed.world_size()} processes of torchrun"
+    if args.algo not in FLOW_ALGOS:
+        raise InputError(f"argument --algo: found {args.algo!r}, expected one of {', '.join(FLOW_ALGOS)} for {several}")
+    if args.optimize_hyperparameters:
+        raise InputError(f"argument -optimize: a search is shared by way of its --storage, not by {several}")
+    if args.track:
+        raise InputError(f"argument --track: not with {several}")
+    if args.save_replay_buffer and issubclass(FLOW_ALGOS[args.algo], OffPolicyAlgorithm):
+        if is_new:
+            raise InputError(f"argument --save-replay-buffer: not with {several}, each of which has its own")
+        print("The replay buffers are not saved: each process has its own")
+        args.save_replay_buffer = False
 
 
 def _check_new_run(args: argparse.Namespace) -> None:
