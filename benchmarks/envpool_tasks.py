@@ -1,24 +1,33 @@
 """
 Are EnvPool's tasks the ordinary ones? `python benchmarks/envpool_tasks.py`
 
-For each task, EnvPool's and the ordinary environment (dm_control through shimmy, gymnasium's MuJoCo) are held against each other:
+The `VecEnv` of EnvPool is held against the ordinary environment (dm_control through shimmy, gymnasium's MuJoCo) of each task:
 
   spaces    shape of the observation, bounds of the actions
-  steps     EnvPool is stepped with eight kinds of actions. The ordinary environment is put into the state that EnvPool's
-            observation determines, is given the same action, and observation, reward, `terminated` and `truncated` are compared;
-            at every step, so that errors do not grow (`one step`), and freely from the start of each episode (`free`)
+  steps     EnvPool is stepped with nine kinds of actions. The ordinary environment is put into the state that EnvPool's
+            observation determines, and is given the same action: what observation and reward differ by after one step, and
+            the observation after 10 and 100 steps from the start of an episode, and whether it ends in the same way
   resets    1000 first observations of each, coordinate by coordinate (Kolmogorov-Smirnov)
-  returns   200 episodes of each of three fixed policies in each simulator (Kolmogorov-Smirnov)
+  returns   where one step differs: 200 episodes in each simulator (Kolmogorov-Smirnov) of three fixed policies, of which one
+            has been trained in EnvPool
 
-A task is the same if the spaces are equal; the flags are equal at each step, and observations and rewards differ by no more than
-TOLERANCE in one step (EnvPool's rewards have single precision); and no test of resets or returns has p < SIGNIFICANCE divided by
-the number of tests of that kind. The results, one file for each task, and a table of them are left in benchmarks/results/envpool.
+A task is the same if the spaces are equal, episodes end at the same steps in the same way, no coordinate of the resets has
+p < SIGNIFICANCE divided by the number of coordinates of all tasks, and observations and rewards differ by no more than
+TOLERANCE in one step, or else no policy's returns have p < SIGNIFICANCE divided by the number of policies of all tasks.
+
+The results, one file for each task, and a table of them are left in benchmarks/results/envpool. What the version of MuJoCo
+changes is seen by running the ordinary environments with the one that is in EnvPool 1.2.5:
+
+  pip install --no-deps --target OLD mujoco==3.6.0 dm_control==1.0.38
+  PYTHONPATH=OLD python benchmarks/envpool_tasks.py --steps-only --results benchmarks/results/envpool/mujoco-3.6.0
 """
 
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,24 +37,24 @@ from gymnasium import spaces
 from runs import ROOT, provenance, write_result
 
 RESULTS = ROOT / "benchmarks" / "results" / "envpool"
-#: of (ours - EnvPool's) / max(1, |ours|)
+#: of |ordinary - EnvPool| / max(1, |ordinary|)
 TOLERANCE = 1e-5
 SIGNIFICANCE = 0.01
-N_RESETS, N_EPISODES = 1000, 200
-HORIZONS = (1, 10, 100)
+N_STEPS, N_RESETS, N_EPISODES = 2000, 1000, 200
+HORIZONS = (10, 100)
+TRAINING_STEPS = 200_000
 
 
-# --- The state that an observation determines. What it does not determine stays as it is. After a step, MuJoCo's positions of
-# bodies in space are those of the substep before, in gymnasium's environments: they are used at the start of an episode only
+# --- The state that an observation determines: what it does not determine stays as it is
 
 
 def nearest(angle: float, sine: float, cosine: float) -> float:
     """The angle next to a given one that has this sine and cosine."""
-    return angle + np.angle((cosine + 1j * sine) * np.exp(-1j * angle))
+    return float(angle + np.angle((cosine + 1j * sine) * np.exp(-1j * angle)))
 
 
 def all_but(n: int, limit: float = np.inf) -> Callable:
-    """Positions but the first n, then velocities, which are not known at the limits that the observation clips them to."""
+    """Positions but the first n, then velocities. What the observation clips to a limit is not known."""
 
     def restore(model, data, obs, first):
         velocities = obs[model.nq - n : model.nq - n + model.nv]
@@ -60,15 +69,17 @@ def cartpole(model, data, obs, first):
     data.qvel[:] = obs[3:]
 
 
-def finger(model, data, obs, first):
-    # Flattened: [dist_to_target,] position, [target_position,] touch, velocity. The tip goes around with the hinge
-    position = obs[-11:-7] if len(obs) == 12 else obs[:4]
-    if len(obs) == 12:
-        data_target = obs[5:7]
-        spinner = data.body("spinner").xpos
-        model.site("target").pos[[0, 2]] = spinner[[0, 2]] + data_target
-    data.qpos[:] = *position[:2], nearest(data.qpos[2], -position[2], position[3])
-    data.qvel[:] = obs[-3:]
+def finger_spin(model, data, obs, first):
+    position, velocity = obs[:4], obs[6:]
+    # The tip goes around with the hinge
+    data.qpos[:] = position[0], position[1], nearest(data.qpos[2], -position[2], position[3])
+    data.qvel[:] = velocity
+
+
+def finger_turn(model, data, obs, first):
+    position, target, touch, velocity = np.split(obs[1:], [4, 6, 8])
+    finger_spin(model, data, np.concatenate([position, touch, velocity]), first)
+    model.site("target").pos[[0, 2]] = data.body("spinner").xpos[[0, 2]] + target
 
 
 def fish(model, data, obs, first):
@@ -76,14 +87,13 @@ def fish(model, data, obs, first):
     data.qvel[:] = obs[11:]
 
 
-def dmc_reacher(model, data, obs, first):
+def reacher_of_dmc(model, data, obs, first):
     import mujoco
 
-    data.qpos[:] = obs[:2]
-    data.qvel[:] = obs[4:]
+    data.qpos[:], to_target, data.qvel[:] = np.split(obs, [2, 4])
     if first:
         mujoco.mj_kinematics(model, data)
-        model.geom("target").pos[:2] = data.geom("finger").xpos[:2] + obs[2:4]
+        model.geom("target").pos[:2] = data.geom("finger").xpos[:2] + to_target
 
 
 def reacher(model, data, obs, first):
@@ -93,8 +103,9 @@ def reacher(model, data, obs, first):
 
 def pusher(model, data, obs, first):
     data.qpos[:7], data.qvel[:7] = obs[:7], obs[7:14]
-    if first:
-        data.qpos[7:9] = (obs[17:19] - model.body("object").pos[:2])[::-1]
+    # MuJoCo's positions in space, which are observed, are those before the last substep: not those of the joints
+    error = obs[17:19] - (model.body("object").pos if first else data.body("object").xpos)[:2]
+    data.qpos[7:9] = error[::-1] + (0 if first else data.qpos[7:9])
 
 
 def inverted_double_pendulum(model, data, obs, first):
@@ -102,119 +113,109 @@ def inverted_double_pendulum(model, data, obs, first):
     data.qvel[:] = np.where(np.abs(obs[5:8]) < 10, obs[5:8], data.qvel)
 
 
-class Task(NamedTuple):
-    """A task, by its two names, and how MuJoCo's state is restored from an observation."""
-
-    env_id: str
-    pool_id: str
-    restore: Callable
-
-
-TASKS = {
-    task.env_id: task
-    for task in (
-        Task("dm_control/ball_in_cup-catch-v0", "BallInCupCatch-v1", all_but(0)),
-        Task("dm_control/cartpole-balance-v0", "CartpoleBalance-v1", cartpole),
-        Task("dm_control/cheetah-run-v0", "CheetahRun-v1", all_but(1)),
-        Task("dm_control/finger-spin-v0", "FingerSpin-v1", finger),
-        Task("dm_control/finger-turn_easy-v0", "FingerTurnEasy-v1", finger),
-        Task("dm_control/finger-turn_hard-v0", "FingerTurnHard-v1", finger),
-        Task("dm_control/fish-swim-v0", "FishSwim-v1", fish),
-        Task("dm_control/point_mass-easy-v0", "PointMassEasy-v1", all_but(0)),
-        Task("dm_control/reacher-easy-v0", "ReacherEasy-v1", dmc_reacher),
-        Task("dm_control/reacher-hard-v0", "ReacherHard-v1", dmc_reacher),
-        Task("Ant-v5", "Ant-v5", all_but(2)),
-        Task("HalfCheetah-v5", "HalfCheetah-v5", all_but(1)),
-        Task("Hopper-v5", "Hopper-v5", all_but(1, limit=10)),
-        Task("Humanoid-v5", "Humanoid-v5", all_but(2)),
-        Task("HumanoidStandup-v5", "HumanoidStandup-v5", all_but(2)),
-        Task("InvertedDoublePendulum-v5", "InvertedDoublePendulum-v5", inverted_double_pendulum),
-        Task("InvertedPendulum-v5", "InvertedPendulum-v5", all_but(0)),
-        Task("Pusher-v5", "Pusher-v5", pusher),
-        Task("Reacher-v5", "Reacher-v5", reacher),
-        Task("Swimmer-v5", "Swimmer-v5", all_but(2)),
-        Task("Walker2d-v5", "Walker2d-v5", all_but(1, limit=10)),
-    )
+#: How MuJoCo's state is restored from an observation, by the task
+RESTORE: dict[str, Callable[[Any, Any, np.ndarray, bool], None]] = {
+    "dm_control/ball_in_cup-catch-v0": all_but(0),
+    "dm_control/cartpole-balance-v0": cartpole,
+    "dm_control/cheetah-run-v0": all_but(1),
+    "dm_control/finger-spin-v0": finger_spin,
+    "dm_control/finger-turn_easy-v0": finger_turn,
+    "dm_control/finger-turn_hard-v0": finger_turn,
+    "dm_control/fish-swim-v0": fish,
+    "dm_control/point_mass-easy-v0": all_but(0),
+    "dm_control/reacher-easy-v0": reacher_of_dmc,
+    "dm_control/reacher-hard-v0": reacher_of_dmc,
+    "Ant-v5": all_but(2),
+    "HalfCheetah-v5": all_but(1),
+    "Hopper-v5": all_but(1, limit=10),
+    "Humanoid-v5": all_but(2),
+    "HumanoidStandup-v5": all_but(2),
+    "InvertedDoublePendulum-v5": inverted_double_pendulum,
+    "InvertedPendulum-v5": all_but(0),
+    "Pusher-v5": pusher,
+    "Reacher-v5": reacher,
+    "Swimmer-v5": all_but(2),
+    "Walker2d-v5": all_but(1, limit=10),
 }
 
 
 # --- The two simulators
 
 
-class Pool:
-    """EnvPool, with the observations of the ordinary environment: its keys, in its order, flattened."""
-
-    def __init__(self, task: Task, keys: list[str] | None, n_envs: int, seed: int):
-        import envpool
-
-        self.keys, self.n_envs = keys, n_envs
-        self.envs = envpool.make_gymnasium(task.pool_id, num_envs=n_envs, num_threads=1, seed=seed)
-
-    def flat(self, obs) -> np.ndarray:
-        parts = [obs] if self.keys is None else [obs[key] for key in self.keys]
-        return np.concatenate([part.reshape(self.n_envs, -1) for part in parts], axis=1)
-
-    def reset(self) -> np.ndarray:
-        return self.flat(self.envs.reset()[0])
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        obs, rewards, terminated, truncated, _ = self.envs.step(actions)
-        return self.flat(obs), rewards.astype(np.float64), terminated, truncated
-
-
 class Ordinary:
     """The ordinary environment, whose state can be set."""
 
-    def __init__(self, task: Task):
-        self.restore = task.restore
-        env = gym.make(task.env_id)
-        self.keys = list(env.observation_space) if isinstance(env.observation_space, spaces.Dict) else None
-        self.env = env if self.keys is None else gym.wrappers.FlattenObservation(env)
-        #: dm_control's physics, or None
-        self.physics = env.unwrapped._env.physics if self.keys is not None else None  # type: ignore[attr-defined]
+    def __init__(self, env_id: str):
+        import shimmy
+
+        gym.register_envs(shimmy)
+        self.env_id, self.restore = env_id, RESTORE[env_id]
+        env = gym.make(env_id)
+        of_gymnasium = isinstance(env.observation_space, spaces.Box)
+        self.env = env if of_gymnasium else gym.wrappers.FlattenObservation(env)
+        assert isinstance(self.env.action_space, spaces.Box)
+        self.action_space = self.env.action_space
+        unwrapped: Any = env.unwrapped
+        self.of_gymnasium = unwrapped if of_gymnasium else None
+        self.physics = None if of_gymnasium else unwrapped._env.physics
 
     @property
     def state(self) -> tuple[Any, Any]:
-        env: Any = self.env.unwrapped
-        return (env.model, env.data) if self.physics is None else (self.physics.model.ptr, self.physics.data.ptr)
+        """MuJoCo's model and data."""
+        if self.of_gymnasium is not None:
+            return self.of_gymnasium.model, self.of_gymnasium.data
+        assert self.physics is not None
+        return self.physics.model.ptr, self.physics.data.ptr
 
     def start(self, obs: np.ndarray, orientation: np.ndarray | None = None) -> None:
-        """A new episode that starts with an observation."""
+        """
+        Begin an episode.
+
+        :param obs: Its first observation
+        :param orientation: of the fish, a quaternion
+        """
         import mujoco
 
         self.env.reset()
         model, data = self.state
         mujoco.mj_resetData(model, data)
-        if self.physics is not None:
-            self.physics.after_reset()
+        forward = (lambda: mujoco.mj_forward(model, data)) if self.physics is None else self.physics.after_reset
+        forward()
         self.restore(model, data, obs, True)
         if orientation is not None:
-            aim(model, data, obs, orientation)
-        if self.physics is None:
-            mujoco.mj_forward(model, data)
-        else:
-            self.physics.after_reset()
+            turn(model, data, obs, orientation)
+        forward()
 
     def correct(self, obs: np.ndarray) -> None:
-        """Go on from the state of an observation of the same step."""
+        """Go on from the state of an observation that is nearly that of now."""
         import mujoco
 
         model, data = self.state
         self.restore(model, data, obs, False)
         if self.physics is not None:
-            # dm_control's steps begin with the second half of MuJoCo's
+            # dm_control's steps begin with the second half of one of MuJoCo
             mujoco.mj_step1(model, data)
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        return self.env.reset(seed=seed)[0]
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, str]:
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return obs, float(reward), terminated, truncated
+        return obs, float(reward), end_of(terminated or truncated, truncated and not terminated)
 
 
-# --- The fish swims without gravity and without anything to touch, so the same motion in another orientation is the same motion.
-# Its orientation is not observed, but the velocity is, in space
+def make_pool(env_id: str, n_envs: int, seed: int) -> Any:
+    """EnvPool's environments, of tasks that are not the same, too."""
+    from sb3_flow.envs import envpool
+
+    return envpool.make_envpool(f"envpool/{envpool.TASKS[env_id]}", n_envs=n_envs, seed=seed, num_threads=1)
 
 
-def aim(model, data, obs, orientation):
+# --- The fish swims without gravity and touches nothing: turned, its motion is the same. How it is turned is not observed, but
+# its velocity in space is
+
+
+def turn(model, data, obs, orientation):
     """Turn the fish, and put the target where its mouth sees it."""
     import mujoco
 
@@ -225,18 +226,63 @@ def aim(model, data, obs, orientation):
 
 
 def orientation_of(ordinary: Ordinary, episode: "Episode", n_steps: int = 50) -> np.ndarray:
-    """The orientation at the start: the one in which the velocities of the first steps are the ones observed."""
-    import mujoco
+    """The orientation at the start: the one that turns the velocities of the first steps to those observed."""
     from scipy.spatial.transform import Rotation
 
-    ordinary.start(episode.obs[0], np.array([1.0, 0, 0, 0]))
+    ordinary.start(episode.obs[0], np.array([1.0, 0.0, 0.0, 0.0]))
     ours = []
     for action in episode.actions[:n_steps]:
         ordinary.step(action)
         ours.append(ordinary.state[1].qvel[:3].copy())
-    theirs = episode.obs[1 : n_steps + 1, 11:14]
-    rotation, _ = Rotation.align_vectors(theirs, np.array(ours))
+    rotation, _ = Rotation.align_vectors(episode.obs[1 : n_steps + 1, 11:14], np.array(ours))
     return rotation.as_quat(scalar_first=True)
+
+
+# --- Policies: step in the episode, observation, seed -> action
+
+Policy = Callable[[int, np.ndarray, int], np.ndarray]
+KINDS: dict[str, Callable[[int, np.ndarray, int, int], Any]] = {
+    "uniform": lambda t, obs, dim, seed: np.random.default_rng([seed, t]).uniform(-1, 1, dim),
+    "small": lambda t, obs, dim, seed: np.random.default_rng([seed, t]).uniform(-0.1, 0.1, dim),
+    "zero": lambda t, obs, dim, seed: np.zeros(dim),
+    "lower bound": lambda t, obs, dim, seed: np.full(dim, -1.0),
+    "upper bound": lambda t, obs, dim, seed: np.full(dim, 1.0),
+    "bounds, 5 steps each": lambda t, obs, dim, seed: np.random.default_rng([seed, t // 5]).choice([-1.0, 1.0], dim),
+    "bounds, 20 steps each": lambda t, obs, dim, seed: np.random.default_rng([seed, t // 20]).choice([-1.0, 1.0], dim),
+    "sinusoid": lambda t, obs, dim, seed: np.sin((0.1 + 0.05 * np.arange(dim)) * t + np.arange(dim)),
+    "linear": lambda t, obs, dim, seed: np.tanh(
+        np.random.default_rng(0).standard_normal((dim, len(obs))) @ np.clip(obs, -10, 10) / np.sqrt(len(obs))
+    ),
+}
+
+
+def fixed(kind: str, space: spaces.Box) -> Policy:
+    """One of the kinds, scaled to the bounds."""
+
+    def policy(t: int, obs: np.ndarray, seed: int) -> np.ndarray:
+        unit = KINDS[kind](t, obs, space.shape[0], seed)
+        # Representable in single precision, which gymnasium's actions have
+        return (space.low + (unit + 1) / 2 * (space.high - space.low)).astype(np.float32).astype(np.float64)
+
+    return policy
+
+
+def trained(env_id: str, space: spaces.Box, seed: int) -> Policy:
+    """PPO from EnvPool, its mean action."""
+    import torch as th
+    from stable_baselines3 import PPO
+
+    th.set_num_threads(1)
+    env = make_pool(env_id, 16, seed)
+    kwargs: dict[str, Any] = dict(n_steps=256, batch_size=512, n_epochs=5, learning_rate=1e-3, device="cpu", seed=seed)
+    model = PPO("MlpPolicy", env, **kwargs).learn(TRAINING_STEPS)
+    env.close()
+
+    def policy(t: int, obs: np.ndarray, seed: int) -> np.ndarray:
+        action, _ = model.predict(obs, deterministic=True)
+        return np.clip(action, space.low, space.high).astype(np.float64)
+
+    return policy
 
 
 # --- Steps
@@ -245,189 +291,248 @@ def orientation_of(ordinary: Ordinary, episode: "Episode", n_steps: int = 50) ->
 class Episode(NamedTuple):
     """What EnvPool did from one reset to the next. Observations are one more than steps."""
 
-    kind: str
     obs: np.ndarray
     actions: np.ndarray
     rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
+    ends: np.ndarray
 
 
-POLICIES = ("zero", "uniform", "sinusoid")
-KINDS = ("uniform", "zero", "upper bound", "lower bound", "bang-bang", "sinusoid", "small", "linear")
+def end_of(done: bool, truncated: bool) -> str:
+    return ("truncated" if truncated else "terminated") if done else ""
 
 
-def act(kind: str, t: int, obs: np.ndarray, space: spaces.Box, seed: int) -> np.ndarray:
-    """An action of a fixed policy, with noise of its own for each seed."""
-    unit = unit_action(kind, t, obs, space.shape[0], seed)
-    # Representable in single precision, which gymnasium's actions have
-    return (space.low + (unit + 1) / 2 * (space.high - space.low)).astype(np.float32).astype(np.float64)
-
-
-def unit_action(kind: str, t: int, obs: np.ndarray, dim: int, seed: int) -> np.ndarray:
-    rng, fixed = np.random.default_rng([seed, t]), np.random.default_rng(0)
-    if kind == "zero":
-        return np.zeros(dim)
-    if kind in ("upper bound", "lower bound"):
-        return np.full(dim, 1.0 if kind == "upper bound" else -1.0)
-    if kind == "bang-bang":
-        return np.random.default_rng([seed, t // 10]).choice([-1.0, 1.0], dim)
-    if kind == "sinusoid":
-        return np.sin(fixed.uniform(0.05, 0.5, dim) * t + fixed.uniform(0, 2 * np.pi, dim))
-    if kind == "small":
-        return 0.1 * rng.uniform(-1, 1, dim)
-    if kind == "linear":
-        return np.tanh(fixed.standard_normal((dim, len(obs))) @ np.clip(obs, -10, 10) / np.sqrt(len(obs)))
-    return rng.uniform(-1, 1, dim)
-
-
-def record(task: Task, ordinary: Ordinary, n_steps: int, seed: int) -> list[Episode]:
-    space = ordinary.env.action_space
-    assert isinstance(space, spaces.Box)
-    pool = Pool(task, ordinary.keys, len(KINDS), seed)
-    obs = pool.reset()
-    rows: list[list[list]] = [[] for _ in KINDS]
-    starts = list(obs)
+def record(ordinary: Ordinary, seed: int) -> list[Episode]:
+    """Step EnvPool with actions of each kind."""
+    policies = [fixed(kind, ordinary.action_space) for kind in KINDS]
+    env = make_pool(ordinary.env_id, len(policies), seed)
+    obs = env.reset()
+    observations = [[row] for row in obs]
+    steps: list[list[tuple]] = [[] for _ in policies]
     episodes = []
-    done = np.zeros(len(KINDS), bool)
-    for t in range(n_steps):
-        actions = np.stack([act(kind, t, obs[i], space, seed + i) for i, kind in enumerate(KINDS)])
-        obs, rewards, terminated, truncated = pool.step(actions)
-        last_done, done = done, terminated | truncated
-        for i, kind in enumerate(KINDS):
-            if last_done[i]:
-                # This step was the reset
-                assert not done[i]
-                starts[i] = obs[i]
-                continue
-            rows[i].append([obs[i], actions[i], rewards[i], terminated[i], truncated[i]])
-            if done[i] or t == n_steps - 1:
-                following, *rest = (np.array(values) for values in zip(*rows[i], strict=True))
-                episodes.append(Episode(kind, np.concatenate([starts[i][None], following]), *rest))
-                rows[i] = []
+    for t in range(N_STEPS):
+        actions = np.stack([policy(t, obs[i], seed + i) for i, policy in enumerate(policies)])
+        obs, rewards, dones, infos = env.step(actions)
+        for i, info in enumerate(infos):
+            steps[i].append((actions[i], float(rewards[i]), end_of(dones[i], info["TimeLimit.truncated"])))
+            observations[i].append(info["terminal_observation"] if dones[i] else obs[i])
+            if dones[i] or t == N_STEPS - 1:
+                columns = zip(*steps[i], strict=True)
+                episodes.append(Episode(np.array(observations[i]), *map(np.array, columns)))
+                observations[i], steps[i] = [obs[i]], []
+    env.close()
     return episodes
 
 
-def difference(ours: Any, theirs: Any) -> Any:
-    return np.abs(np.subtract(ours, theirs)) / np.maximum(1, np.abs(ours))
+def difference(ordinary: Any, pool: Any) -> Any:
+    return np.abs(np.subtract(ordinary, pool)) / np.maximum(1, np.abs(ordinary))
 
 
-def compare_steps(ordinary: Ordinary, episodes: list[Episode], is_fish: bool) -> dict[str, Any]:
-    one_step: list[np.ndarray] = []
+def compare_steps(ordinary: Ordinary, seed: int) -> dict[str, Any]:
+    episodes = record(ordinary, seed)
+    observations: list[np.ndarray] = []
     rewards: list[float] = []
-    free = {h: 0.0 for h in HORIZONS}
-    flags = rewarded = 0
+    free = dict.fromkeys(HORIZONS, 0.0)
+    other_ends = rewarded = 0
     for episode in episodes:
-        orientation = orientation_of(ordinary, episode) if is_fish else None
+        orientation = orientation_of(ordinary, episode) if ordinary.restore is fish else None
         ordinary.start(episode.obs[0], orientation)
         for t, action in enumerate(episode.actions):
-            obs, reward, terminated, truncated = ordinary.step(action)
-            one_step.append(difference(obs, episode.obs[t + 1]))
-            rewards.append(difference(reward, float(episode.rewards[t])))
-            flags += (terminated, truncated) != (episode.terminated[t], episode.truncated[t])
+            obs, reward, end = ordinary.step(action)
+            observations.append(difference(obs, episode.obs[t + 1]))
+            rewards.append(difference(reward, episode.rewards[t]))
+            other_ends += end != episode.ends[t]
             rewarded += reward != 0
             ordinary.correct(episode.obs[t + 1])
         ordinary.start(episode.obs[0], orientation)
-        worst = 0.0
         for t, action in enumerate(episode.actions[: max(HORIZONS)]):
             obs, *_ = ordinary.step(action)
-            worst = max(worst, difference(obs, episode.obs[t + 1]).max())
-            if t + 1 in HORIZONS:
-                free[t + 1] = max(free[t + 1], worst)
-    per_step = np.max(one_step, axis=1)
+            for horizon in free:
+                if t < horizon:
+                    free[horizon] = max(free[horizon], float(difference(obs, episode.obs[t + 1]).max()))
+    per_step = np.max(observations, axis=1)
     return dict(
-        steps=len(rewards),
-        episodes=len(episodes),
+        n_steps=len(rewards),
+        n_episodes=len(episodes),
         longest_episode=max(len(episode.actions) for episode in episodes),
-        steps_with_reward=rewarded,
-        one_step=dict(
-            observation=float(per_step.max()),
-            observation_median=float(np.median(per_step)),
-            observation_above_tolerance=float(np.mean(per_step > TOLERANCE)),
-            per_coordinate=np.max(one_step, axis=0).tolist(),
-            reward=float(np.max(rewards)),
-            reward_above_tolerance=float(np.mean(np.array(rewards) > TOLERANCE)),
-            flags=flags,
+        n_rewarded=rewarded,
+        n_other_ends=other_ends,
+        observation=dict(
+            max=float(per_step.max()),
+            median=float(np.median(per_step)),
+            share_above_tolerance=float(np.mean(per_step > TOLERANCE)),
+            max_per_coordinate=np.max(observations, axis=0).tolist(),
         ),
-        free={str(h): value for h, value in free.items()},
+        reward=dict(max=float(np.max(rewards)), share_above_tolerance=float(np.mean(np.array(rewards) > TOLERANCE))),
+        free={str(horizon): value for horizon, value in free.items()},
     )
 
 
 # --- Distributions
 
 
-def p_value(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """
-    That two samples are of the same distribution.
-
-    Values are rounded, so that one that is always the same but for the last bits is the same.
-    """
+def p_value(ordinary: np.ndarray, pool: np.ndarray) -> float:
+    """That two samples are of the same distribution. Rounded: what is always the same may differ in the last bits."""
     from scipy.stats import ks_2samp
 
-    return float(ks_2samp(np.round(ours, 9), np.round(theirs, 9)).pvalue)
+    return float(ks_2samp(np.round(ordinary, 9), np.round(pool, 9)).pvalue)
 
 
-def compare_resets(task: Task, ordinary: Ordinary, seed: int) -> dict[str, Any]:
+def compare_resets(ordinary: Ordinary, seed: int) -> dict[str, Any]:
     n_envs = 50
-    pool = Pool(task, ordinary.keys, n_envs, seed)
-    theirs = np.concatenate([pool.reset() for _ in range(N_RESETS // n_envs)])
-    ours = np.stack([ordinary.env.reset(seed=seed if i == 0 else None)[0] for i in range(N_RESETS)])
+    env = make_pool(ordinary.env_id, n_envs, seed)
+    samples = dict(
+        ordinary=np.stack([ordinary.reset(seed if i == 0 else None) for i in range(N_RESETS)]),
+        envpool=np.concatenate([env.reset() for _ in range(N_RESETS // n_envs)]),
+    )
     return dict(
         n=N_RESETS,
-        p=[p_value(*columns) for columns in zip(ours.T, theirs.T, strict=True)],
-        distinct=len(np.unique(theirs, axis=0)),
-        ours=dict(mean=ours.mean(0).tolist(), std=ours.std(0).tolist()),
-        envpool=dict(mean=theirs.mean(0).tolist(), std=theirs.std(0).tolist()),
+        p=[p_value(*columns) for columns in zip(*(sample.T for sample in samples.values()), strict=True)],
+        **{name: dict(mean=sample.mean(0).tolist(), std=sample.std(0).tolist()) for name, sample in samples.items()},
     )
 
 
-def pool_returns(task: Task, ordinary: Ordinary, kind: str, seed: int, n_envs: int = 20) -> np.ndarray:
-    """Returns of the first episodes of each environment: the same number, or short ones would be more of them."""
-    pool = Pool(task, ordinary.keys, n_envs, seed)
-    space = ordinary.env.action_space
-    assert isinstance(space, spaces.Box)
-    obs, done = pool.reset(), np.zeros(n_envs, bool)
-    steps = np.zeros(n_envs, int)
-    totals = np.zeros(n_envs)
+def pool_returns(ordinary: Ordinary, policy: Policy, seed: int, n_envs: int = 20) -> np.ndarray:
+    """Of the first episodes of each environment, the same number: the first to end would be short ones."""
+    env = make_pool(ordinary.env_id, n_envs, seed)
+    obs, lengths = env.reset(), np.zeros(n_envs, int)
     returns: list[list[float]] = [[] for _ in range(n_envs)]
     while min(map(len, returns)) < N_EPISODES // n_envs:
-        actions = np.stack([act(kind, steps[i], obs[i], space, seed + i) for i in range(n_envs)])
-        obs, rewards, terminated, truncated = pool.step(actions)
-        # The step after the last of an episode is the reset
-        totals = np.where(done, 0, totals + rewards)
-        steps = np.where(done, 0, steps + 1)
-        done = ~done & (terminated | truncated)
-        for i in np.flatnonzero(done):
-            returns[i].append(float(totals[i]))
+        actions = np.stack([policy(lengths[i], obs[i], seed + i) for i in range(n_envs)])
+        obs, _, dones, infos = env.step(actions)
+        lengths = np.where(dones, 0, lengths + 1)
+        for i in np.flatnonzero(dones):
+            returns[i].append(infos[i]["episode"]["r"])
+    env.close()
     return np.concatenate([values[: N_EPISODES // n_envs] for values in returns])
 
 
-def ordinary_returns(ordinary: Ordinary, kind: str, seed: int) -> np.ndarray:
+def ordinary_returns(ordinary: Ordinary, policy: Policy, seed: int) -> np.ndarray:
     returns = []
     for i in range(N_EPISODES):
-        obs, _ = ordinary.env.reset(seed=seed if i == 0 else None)
-        total, t, done = 0.0, 0, False
-        while not done:
-            action = act(kind, t, obs, ordinary.env.action_space, seed + 1000 + i)
-            obs, reward, terminated, truncated = ordinary.step(action)
-            total, t, done = total + reward, t + 1, terminated or truncated
+        obs, total, t, end = ordinary.reset(seed if i == 0 else None), 0.0, 0, ""
+        while not end:
+            obs, reward, end = ordinary.step(policy(t, obs, seed + 1000 + i))
+            total, t = total + reward, t + 1
         returns.append(total)
     return np.array(returns)
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """Mean, and half of its 95 % confidence interval."""
-    return [float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))]
-
-
-def compare_returns(task: Task, ordinary: Ordinary, seed: int) -> dict[str, Any]:
+def compare_returns(ordinary: Ordinary, seed: int) -> dict[str, Any]:
+    space = ordinary.action_space
+    policies = {kind: fixed(kind, space) for kind in ("uniform", "sinusoid")} | {
+        "trained": trained(ordinary.env_id, space, seed)
+    }
     result = {}
-    for kind in POLICIES:
-        ours, theirs = ordinary_returns(ordinary, kind, seed), pool_returns(task, ordinary, kind, seed)
-        result[kind] = dict(
-            p=p_value(ours, theirs),
-            ours=interval(ours),
-            envpool=interval(theirs),
-            max=[float(ours.max()), float(theirs.max())],
+    for name, policy in policies.items():
+        samples = dict(ordinary=ordinary_returns(ordinary, policy, seed), envpool=pool_returns(ordinary, policy, seed))
+        result[name] = dict(
+            n=N_EPISODES,
+            p=p_value(*samples.values()),
+            # Mean, and half of its 95 % interval
+            **{key: [float(x.mean()), float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))] for key, x in samples.items()},
         )
     return result
+
+
+# --- All of them
+
+
+def compare(env_id: str, steps_only: bool, seed: int = 0) -> dict[str, Any]:
+    ordinary, env = Ordinary(env_id), make_pool(env_id, 1, seed)
+    result: dict[str, Any] = dict(
+        env=env_id,
+        equal_spaces=env.observation_space.shape == ordinary.env.observation_space.shape
+        and env.action_space == ordinary.action_space,
+        steps=compare_steps(ordinary, seed),
+    )
+    if not steps_only:
+        result["resets"] = compare_resets(ordinary, seed)
+        if not within_tolerance(result):
+            result["returns"] = compare_returns(ordinary, seed)
+    source = provenance()
+    source["versions"] |= {name: version(name) for name in ("envpool", "dm_control", "shimmy")}
+    return result | source
+
+
+def within_tolerance(result: dict[str, Any]) -> bool:
+    return max(result["steps"][key]["max"] for key in ("observation", "reward")) <= TOLERANCE
+
+
+def reasons(result: dict[str, Any], n_coordinates: int) -> list[str]:
+    """
+    What a task differs in.
+
+    :param result: of the task
+    :param n_coordinates: of the observations of all tasks
+    :return: nothing, if it is the same
+    """
+    returns = [policy["p"] for policy in result.get("returns", {}).values()]
+    differs = {
+        "spaces": not result["equal_spaces"],
+        "ends of episodes": result["steps"]["n_other_ends"] > 0,
+        "resets": min(result["resets"]["p"]) < SIGNIFICANCE / n_coordinates,
+        "dynamics": not within_tolerance(result) and min(returns) < SIGNIFICANCE / (len(returns) * len(RESTORE)),
+    }
+    return [name for name, is_so in differs.items() if is_so]
+
+
+HEADER = ("", "EnvPool", "one step", "100 steps", "reward", "one step, MuJoCo 3.6", "resets, p", "returns, p",
+          "trained in EnvPool: return there", "in the ordinary one", "")  # fmt: skip
+
+
+def to_text(interval: list[float]) -> str:
+    return "{:.4g} ± {:.2g}".format(*interval)
+
+
+def rows(results: dict[str, dict], with_old_mujoco: dict[str, dict]) -> list[tuple[str, ...]]:
+    from sb3_flow.envs.envpool import TASKS
+
+    n_coordinates = sum(len(result["resets"]["p"]) for result in results.values())
+    table = []
+    for env_id, result in results.items():
+        steps, returns = result["steps"], result.get("returns")
+        differs = reasons(result, n_coordinates)
+        old = with_old_mujoco.get(env_id)
+        table.append((
+            env_id,
+            TASKS[env_id],
+            f"{steps['observation']['max']:.0e}",
+            f"{steps['free']['100']:.0e}",
+            f"{steps['reward']['max']:.0e}",
+            "" if old is None else f"{old['steps']['observation']['max']:.0e}",
+            f"{min(result['resets']['p']):.2g} of {len(result['resets']['p'])}",
+            "" if returns is None else f"{min(policy['p'] for policy in returns.values()):.2g} of {len(returns)}",
+            *("" if returns is None else to_text(returns["trained"][key]) for key in ("envpool", "ordinary")),
+            f"differs: {', '.join(differs)}" if differs else "same",
+        ))  # fmt: skip
+    return table
+
+
+def load(folder: Path) -> dict[str, dict]:
+    found = (json.loads(file.read_text()) for file in sorted(folder.glob("*.json")))
+    return {result["env"]: result for result in sorted(found, key=lambda result: list(RESTORE).index(result["env"]))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=RESTORE, default=list(RESTORE), metavar="TASK", help=", ".join(RESTORE))
+    parser.add_argument("--steps-only", action="store_true", help="no distributions, and no table")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table-only", action="store_true")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", category=UserWarning)
+    for env_id in [] if args.table_only else args.tasks:
+        result = compare(env_id, args.steps_only)
+        write_result(args.results / f"{env_id.split('/')[-1]}.json", result)
+        print(f"{env_id}: {result['steps']['observation']['max']:.1e} in one step", flush=True)
+    if args.steps_only:
+        return
+    lines = [HEADER, *rows(load(args.results), load(RESULTS / "mujoco-3.6.0"))]
+    with open(args.results / "tasks.csv", "w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    for line in lines:
+        print("|", " | ".join(line), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,8 +12,8 @@ mathematics needs would take at the rate this machine multiplies two matrices of
             (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX);
             "medium" is with products of bfloat16, for all of them
   step      a step of 16 environments of EnvPool in one thread, and of the ordinary ones in DummyVecEnv, with random actions
-  envpool   learn() of FPO in EnvPool with its hyperparameters of the task, per step; of FPO in the ordinary environments, and of
-            PPO in EnvPool with the same rollouts, minibatches, epochs and networks
+  envpool   learn() of FPO in EnvPool with its hyperparameters of the task, per step, against PPO's with the same rollouts,
+            minibatches, epochs and networks, and FPO's own in the ordinary environments
 
 The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json, and the table
 and a plot of the ratios beside it.
@@ -35,7 +35,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from dmc import DMC, hyperparameters
-from envpool_tasks import TASKS
 from gymnasium import spaces
 from runs import provenance
 
@@ -237,7 +236,7 @@ def ordinary_env(env_id: str) -> gym.Env:
 def step(task: str) -> tuple[Timed, dict[str, Any], float]:
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    from sb3_flow.envs.envpool import make_envpool
+    from sb3_flow.envs.envpool import TASKS, make_envpool
 
     env_id, n_steps = f"dm_control/{task}-v0", 100
     ordinary = DummyVecEnv([lambda: ordinary_env(env_id)] * N_ENVS)
@@ -254,17 +253,17 @@ def step(task: str) -> tuple[Timed, dict[str, Any], float]:
 
         return Timed(run, n_steps)
 
-    return call(make_envpool(TASKS[env_id].pool_id, n_envs=N_ENVS)), {"DummyVecEnv": call(ordinary)}, 0
+    return call(make_envpool(TASKS[env_id], n_envs=N_ENVS, num_threads=1)), {"DummyVecEnv": call(ordinary)}, 0
 
 
 def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
     import torch as th
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
+    from stable_baselines3.common.vec_env import VecNormalize
 
     from sb3_flow import FPO
-    from sb3_flow.envs.envpool import make_envpool
+    from sb3_flow.envs.envpool import TASKS, make_envpool
 
     env_id = f"dm_control/{task}-v0"
     settings = hyperparameters("fpo", env_id)
@@ -292,7 +291,7 @@ def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
         return call(PPO(policy, env, **kwargs, **{key: settings[key] for key in of_ppo}))
 
     def pool():
-        return VecMonitor(make_envpool(TASKS[env_id].pool_id, n_envs=n_envs))
+        return make_envpool(TASKS[env_id], n_envs=n_envs, num_threads=1)
 
     env = ordinary_env(env_id)
     obs_dim, action_dim = spaces.flatdim(env.observation_space), spaces.flatdim(env.action_space)
