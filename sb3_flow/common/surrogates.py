@@ -64,13 +64,15 @@ def flow_ratio(
     return log_ratio.exp()
 
 
-def surrogate_objective(ratio: th.Tensor, advantages: th.Tensor, clip_range: float, trust_region: str = "ppo") -> th.Tensor:
+def surrogate_objective(
+    ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, trust_region: str = "ppo"
+) -> th.Tensor:
     """
     Objective of each sample, to be maximised.
 
     :param ratio: (batch, n)
     :param advantages: (batch, 1)
-    :param clip_range: Size of the trust region
+    :param clip_range: Size of the trust region, a number or a tensor
     :param trust_region: "ppo": :math:`\\min(r A, \\mathrm{clip}(r, 1-\\varepsilon, 1+\\varepsilon) A)`,
         "spo": :math:`r A - |A| (r - 1)^2 / (2 \\varepsilon)` (https://arxiv.org/abs/2401.16025),
         "aspo": the first where A >= 0, the second where A < 0 (FPO++)
@@ -78,7 +80,8 @@ def surrogate_objective(ratio: th.Tensor, advantages: th.Tensor, clip_range: flo
     """
     unclipped = advantages * ratio
     if trust_region != "spo":
-        clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+        # (both bounds are numbers, or both tensors, which mypy does not see)
+        clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)  # type: ignore[arg-type]
         ppo = th.min(unclipped, clipped)
         if trust_region == "ppo":
             return ppo

@@ -63,6 +63,26 @@ class FlowRollout(NamedTuple):
         return FlowRollout(select(observations, indices), *(x[indices] for x in rest))
 
 
+class OldPolicy(NamedTuple):
+    """What the policy that collected a rollout makes of it, before the updates."""
+
+    #: Output of the flow network, (n_transitions, 1 + n_baseline_actions, n_mc_samples, action_dim), and CFM losses
+    outputs: th.Tensor
+    losses: th.Tensor
+    #: How unlikely the actions are, (n_transitions,)
+    surprise: th.Tensor
+
+    def select(self, indices: th.Tensor | slice) -> "OldPolicy":
+        return OldPolicy(*(x[indices] for x in self))
+
+
+class ClipRanges(NamedTuple):
+    """Sizes of the trust regions of the policy and, if it has one, of the value function."""
+
+    policy: float | th.Tensor
+    value: float | th.Tensor | None
+
+
 def select(observations: PyTorchObs, indices: th.Tensor | slice) -> PyTorchObs:
     if isinstance(observations, dict):
         return {key: obs[indices] for key, obs in observations.items()}
@@ -366,128 +386,178 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         """
         # Update optimizer learning rate
         self._update_learning_rate(self.policy.optimizer)
-        # Compute current clip range (a schedule may end at zero)
-        clip_range = max(self.clip_range(self._current_progress_remaining), 1e-8)  # type: ignore[operator]
-        # Optional: clip range for the value function
-        if self.clip_range_vf is not None:
-            clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+        clip_ranges = self._clip_ranges()
 
         # Alg. 1, line 6: draw the Monte-Carlo pairs, once, with the CFM losses under the policy that collected the rollout
         self.policy.set_training_mode(False)
         rollout = self._get_rollout()
-        n_transitions = len(rollout.actions)
-        # The first epoch goes through the rollout in this order, so that its first ratio is exactly one
-        minibatches = self._minibatches(n_transitions)
-        with th.no_grad():
-            old_outputs = th.cat([self._flow_output(rollout.select(indices)) for indices in minibatches])
-            old_losses = th.cat([self._cfm_loss(old_outputs[indices], rollout.select(indices)) for indices in minibatches])
-
-        surprise = self._surprise(rollout)
+        old = self._evaluate_old_policy(rollout)
 
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        pg_losses, value_losses, bounds_losses, cfm_losses = [], [], [], []
-        clip_fractions, min_ratios, max_ratios = [], [], []
-
+        # One for each minibatch
+        statistics: list[dict[str, th.Tensor]] = []
         continue_training = True
         # train for n_epochs epochs
         for epoch in range(self.n_epochs):
-            approx_kl_divs = []
+            n_before = len(statistics)
             # Do a complete pass on the rollout
-            for indices in minibatches if epoch == 0 else self._shuffled_minibatches(n_transitions):
-                batch = rollout.select(indices)
-                values, outputs = self.policy.evaluate_flow(batch.observations, batch.actions, batch.noise, batch.timesteps)
-                values = values.flatten()
-                losses = self._cfm_loss(outputs, batch)
-
-                advantages = batch.advantages
-                if self.positive_advantage:
-                    advantages = F.softplus(advantages)
-                # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
-                elif self.normalize_advantage and len(advantages) > 1:
-                    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-                advantages = advantages + self.ent_coef * surprise[indices]
-
-                # Ratio between old and new policy, one at the first iteration
-                ratio = flow_ratio(old_losses[indices], losses, self.ratio_type, self.cfm_loss_clip, self.log_ratio_clip)
-                # Surrogate objective
-                policy_loss = -surrogate_objective(ratio, advantages.unsqueeze(1), clip_range, self.trust_region).mean()
-
-                if self.clip_range_vf is None:
-                    # No clipping
-                    values_pred = values
-                else:
-                    # Clip the difference between old and new value
-                    # NOTE: this depends on the reward scaling
-                    values_pred = batch.old_values + th.clamp(values - batch.old_values, -clip_range_vf, clip_range_vf)
-                # Value loss using the TD(gae_lambda) target
-                value_loss = F.mse_loss(batch.returns, values_pred)
-
-                bounds_loss = self._bounds_loss(outputs, batch)
-
-                loss = policy_loss + self.vf_coef * value_loss + self.bounds_loss_coef * bounds_loss
-
-                # Logging
-                with th.no_grad():
-                    pg_losses.append(policy_loss.detach())
-                    value_losses.append(value_loss.detach())
-                    bounds_losses.append(bounds_loss.detach())
-                    cfm_losses.append(losses[:, 0].detach().mean())
-                    clip_fractions.append(((ratio - 1).abs() > clip_range).float().mean())
-                    min_ratio, max_ratio = ratio.detach().aminmax()
-                    min_ratios.append(min_ratio)
-                    max_ratios.append(max_ratio)
-
-                # Pseudo-KL divergence of FPO++, for early stopping and (that of the last epoch) for the logs
-                if self.target_kl is not None or epoch == self.n_epochs - 1:
-                    approx_kl_divs.append(self._pseudo_kl(outputs.detach() - old_outputs[indices], batch.timesteps))
-                    if self.target_kl is not None and approx_kl_divs[-1] > 1.5 * self.target_kl:
-                        continue_training = False
-                        if self.verbose >= 1:
-                            print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl_divs[-1]:.2f}")
-                        break
-
-                # Optimization step
-                self.policy.optimizer.zero_grad()
-                loss.backward()
-                # Clip grad norm
-                max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
-                grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
-                if not th.isfinite(grad_norm):
-                    raise ValueError(
-                        f"The gradient is not finite (policy loss: {policy_loss.item()}, value loss: {value_loss.item()}, "
-                        f"bounds loss: {bounds_loss.item()}): training stopped before it reached the weights"
-                    )
-                self.policy.optimizer.step()
+            for indices in self._epoch_minibatches(epoch, len(rollout.actions)):
+                # (the pseudo-KL divergence is that of the last epoch in the logs)
+                needs_kl = self.target_kl is not None or epoch == self.n_epochs - 1
+                loss, values = self._losses(rollout.select(indices), old.select(indices), clip_ranges, needs_kl)
+                statistics.append(values)
+                if self.target_kl is not None and values["approx_kl"] > 1.5 * self.target_kl:
+                    continue_training = False
+                    if self.verbose >= 1:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {values['approx_kl']:.2f}")
+                    break
+                self._optimization_step(loss, values)
 
             self._n_updates += 1
             if not continue_training:
                 break
 
+        # The moving average follows once per iteration
         if self.policy.ema is not None:
             self.policy.update_ema(restart=self._n_iterations < self.ema_start)
         self._n_iterations += 1
 
-        explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
-
         # Logs
-        self.logger.record("train/policy_gradient_loss", th.stack(pg_losses).mean().item())
-        self.logger.record("train/value_loss", th.stack(value_losses).mean().item())
-        if self.bounds_loss_coef > 0:
-            self.logger.record("train/bounds_loss", th.stack(bounds_losses).mean().item())
-        self.logger.record("train/cfm_loss", th.stack(cfm_losses).mean().item())
-        self.logger.record("train/approx_kl", th.stack(approx_kl_divs).mean().item())
-        self.logger.record("train/clip_fraction", th.stack(clip_fractions).mean().item())
-        self.logger.record("train/ratio_min", th.stack(min_ratios).min().item())
-        self.logger.record("train/ratio_max", th.stack(max_ratios).max().item())
+        self._record_statistics(statistics, n_last_epoch=len(statistics) - n_before)
         self.logger.record("train/raw_action_max", rollout.actions[:, 0].abs().max().item())
-        self.logger.record("train/loss", loss.item())
+        explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
         self.logger.record("train/explained_variance", explained_var)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/clip_range", clip_range)
-        if self.clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", clip_range_vf)
+        self.logger.record("train/clip_range", clip_ranges.policy)
+        if clip_ranges.value is not None:
+            self.logger.record("train/clip_range_vf", clip_ranges.value)
+
+    def _clip_ranges(self) -> ClipRanges:
+        """Those of now (a schedule may end at zero)."""
+        progress = self._current_progress_remaining
+        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(progress)  # type: ignore[operator]
+        return ClipRanges(max(self.clip_range(progress), 1e-8), clip_range_vf)  # type: ignore[operator]
+
+    def _evaluate_old_policy(self, rollout: FlowRollout) -> OldPolicy:
+        """
+        :param rollout: The rollout, with the policy that collected it
+        :return: what the updates compare their policy with
+        """
+        batches = [rollout.select(indices) for indices in self._minibatches(len(rollout.actions))]
+        with th.no_grad():
+            outputs = [self._flow_output(batch) for batch in batches]
+            losses = [self._cfm_loss(*pair) for pair in zip(outputs, batches, strict=True)]
+        return OldPolicy(th.cat(outputs), th.cat(losses), self._surprise(rollout))
+
+    def _losses(
+        self, batch: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges, needs_kl: bool
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        The losses of Alg. 1 for a minibatch.
+
+        :param batch: Transitions
+        :param old: The same under the policy that collected the rollout
+        :param clip_ranges: Sizes of the trust regions
+        :param needs_kl: Whether the pseudo-KL divergence is among the statistics
+        :return: the loss, and what is logged of it
+        """
+        values, outputs = self.policy.evaluate_flow(batch.observations, batch.actions, batch.noise, batch.timesteps)
+        cfm_losses = self._cfm_loss(outputs, batch)
+        # Ratio between old and new policy, one at the first iteration
+        ratio = flow_ratio(old.losses, cfm_losses, self.ratio_type, self.cfm_loss_clip, self.log_ratio_clip)
+        policy_loss = self._policy_loss(ratio, batch.advantages, old.surprise, clip_ranges.policy)
+        value_loss = self._value_loss(values.flatten(), batch, clip_ranges.value)
+        bounds_loss = self._bounds_loss(outputs, batch)
+        loss = policy_loss + self.vf_coef * value_loss + self.bounds_loss_coef * bounds_loss
+
+        with th.no_grad():
+            ratio_min, ratio_max = ratio.aminmax()
+            statistics = dict(
+                policy_gradient_loss=policy_loss.detach(),
+                value_loss=value_loss.detach(),
+                bounds_loss=bounds_loss.detach(),
+                cfm_loss=cfm_losses[:, 0].mean(),
+                clip_fraction=((ratio - 1).abs() > clip_ranges.policy).float().mean(),
+                ratio_min=ratio_min,
+                ratio_max=ratio_max,
+                loss=loss.detach(),
+            )
+            if needs_kl:
+                statistics["approx_kl"] = self._pseudo_kl(outputs - old.outputs, batch.timesteps)
+        return loss, statistics
+
+    def _policy_loss(
+        self, ratio: th.Tensor, advantages: th.Tensor, surprise: th.Tensor, clip_range: float | th.Tensor
+    ) -> th.Tensor:
+        """
+        Surrogate objective, to be minimised.
+
+        :param ratio: (batch, 1) or (batch, n_mc_samples)
+        :param advantages: (batch,)
+        :param surprise: (batch,), see :meth:`_surprise`
+        :param clip_range: Size of the trust region
+        :return: mean over the batch
+        """
+        if self.positive_advantage:
+            advantages = F.softplus(advantages)
+        # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
+        elif self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        advantages = advantages + self.ent_coef * surprise
+        return -surrogate_objective(ratio, advantages.unsqueeze(1), clip_range, self.trust_region).mean()
+
+    def _value_loss(self, values: th.Tensor, batch: FlowRollout, clip_range_vf: float | th.Tensor | None) -> th.Tensor:
+        """
+        :param values: Estimated values, (batch,)
+        :param batch: Transitions
+        :param clip_range_vf: Largest difference between old and new value, None for no clipping
+        :return: mean squared error, using the TD(gae_lambda) target
+        """
+        if clip_range_vf is not None:
+            # Clip the difference between old and new value
+            # NOTE: this depends on the reward scaling
+            # (both bounds are numbers, or both tensors, which mypy does not see)
+            change = th.clamp(values - batch.old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
+            values = batch.old_values + change
+        return F.mse_loss(batch.returns, values)
+
+    def _optimization_step(self, loss: th.Tensor, statistics: dict[str, th.Tensor]) -> None:
+        """
+        :param loss: Of a minibatch
+        :param statistics: What is logged of it
+        :raises ValueError: if the gradient is not finite, before it changes the weights
+        """
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        # Clip grad norm
+        max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
+        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
+        if not th.isfinite(grad_norm):
+            policy_loss, value_loss, bounds_loss = (
+                statistics[name].item() for name in ("policy_gradient_loss", "value_loss", "bounds_loss")
+            )
+            raise ValueError(
+                f"The gradient is not finite (policy loss: {policy_loss}, value loss: {value_loss}, "
+                f"bounds loss: {bounds_loss}): training stopped before it reached the weights"
+            )
+        self.policy.optimizer.step()
+
+    def _record_statistics(self, statistics: list[dict[str, th.Tensor]], n_last_epoch: int) -> None:
+        """
+        :param statistics: Those of the minibatches
+        :param n_last_epoch: Number of minibatches of the last epoch
+        """
+        for name in statistics[-1]:
+            values = th.stack([row[name] for row in statistics if name in row])
+            if name == "approx_kl":
+                value = values[-n_last_epoch:].mean()
+            elif name == "loss":
+                value = values[-1]
+            else:
+                value = {"ratio_min": th.min, "ratio_max": th.max}.get(name, th.mean)(values)
+            if name != "bounds_loss" or self.bounds_loss_coef > 0:
+                self.logger.record(f"train/{name}", value.item())
 
     def _get_rollout(self) -> FlowRollout:
         """
@@ -559,6 +629,10 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
     def _minibatches(self, n_transitions: int) -> list[slice]:
         """In the order of the (shuffled) rollout."""
         return [slice(start, start + self.batch_size) for start in range(0, n_transitions, self.batch_size)]
+
+    def _epoch_minibatches(self, epoch: int, n_transitions: int) -> Iterable[slice | th.Tensor]:
+        # The first epoch goes through the rollout in its order, so that its first ratio is exactly one
+        return self._minibatches(n_transitions) if epoch == 0 else self._shuffled_minibatches(n_transitions)
 
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
         return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))

@@ -383,30 +383,28 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
 
         logged = []
         for _ in range(gradient_steps):
-            batch = self._sample(batch_size)
-
-            loss, values = self._losses(batch)
-
+            loss, values = self._losses(self._sample(batch_size))
             # The device is waited for once
             logged.append(th.stack(list(values.values())).tolist())
             if not np.isfinite(logged[-1]).all():
-                parts = ", ".join(
-                    f"{name.removesuffix('_loss')}: {value}" for name, value in zip(values, logged[-1], strict=True)
-                )
-                raise ValueError(f"The loss is not finite ({parts}): training stopped before it reached the weights")
-            self.policy.optimizer.zero_grad()
-            loss.backward()
-            # The target network follows the weights from before the update, as in the authors' code
-            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-            # Copy running stats, see SB3's GH issue #996
-            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
-            self.policy.optimizer.step()
+                raise ValueError(_not_finite(dict(zip(values, logged[-1], strict=True))))
+            self._optimization_step(loss)
 
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in zip(values, np.mean(logged, axis=0), strict=True):
             self.logger.record(f"train/{name}", float(value))
+
+    def _optimization_step(self, loss: th.Tensor) -> None:
+        """:param loss: Of a batch"""
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        # The target network follows the weights from before the update, as in the authors' code
+        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        # Copy running stats, see SB3's GH issue #996
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        self.policy.optimizer.step()
 
     def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
@@ -746,6 +744,11 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+
+def _not_finite(losses: dict[str, float]) -> str:
+    parts = ", ".join(f"{name.removesuffix('_loss')}: {value}" for name, value in losses.items())
+    return f"The loss is not finite ({parts}): training stopped before it reached the weights"
 
 
 def random_crop(images: th.Tensor, padding: int, shift: th.Tensor) -> th.Tensor:

@@ -1,11 +1,15 @@
 """rl-zoo3's experiment manager, with runs that can go on after whatever ended them."""
 
 import contextlib
+import copy
 import os
 import re
 import shutil
+import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,10 +30,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_flow.envs import make_envpool
+from sb3_flow.envs.envpool import NAMESPACE, to_ordinary_id
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
 from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for, read_conf_file
 from sb3_flow.zoo.errors import InputError
-from sb3_flow.zoo.hyperparams import CheckedExperimentManager
+from sb3_flow.zoo.hyperparams import CheckedExperimentManager, check_hyperparams_for_envpool
 from sb3_flow.zoo.runs import Run, SavedModel, lock, remove_unfinished, written_whole
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
@@ -143,10 +149,16 @@ class FlowExperimentManager(CheckedExperimentManager):
     :param run: The run to go on with, in its folder, see :meth:`Run.resume`. None for a new run
     :param locks: Releases the lock of a new run in the end
     :param args: See ``ExperimentManager``
-    :param kwargs: See ``ExperimentManager``
+    :param kwargs: See ``ExperimentManager``, whose ``vec_env_type`` may be "envpool", too
     """
 
     def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, **kwargs):
+        #: Whether to train in EnvPool, which is no type of rl-zoo3's. Evaluations are in the ordinary environment
+        self.in_envpool = kwargs.get("vec_env_type") == "envpool"
+        if self.in_envpool:
+            kwargs["vec_env_type"] = "dummy"
+            # (on purpose)
+            warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
         super().__init__(*args, **kwargs)
         # (what makes one, in place of a class: rl-zoo3 only calls it)
         self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
@@ -177,8 +189,9 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        Those of the run that is resumed. For a new one, the hyperparameters of the environment, else those of its namespace
-        (``default/dm_control``), else the default ones. Observations of dm_control, each a Dict, are flattened.
+        Those of the run that is resumed. For a new one, the hyperparameters of the environment (or those of the ordinary one,
+        for a task of EnvPool), else those of its namespace (``default/dm_control``), else the default ones. Observations of
+        dm_control, each a Dict, are flattened.
         """
         if self.run is not None:
             # Whatever has become of the file that they are from. Its dataset may be elsewhere by now
@@ -189,20 +202,28 @@ class FlowExperimentManager(CheckedExperimentManager):
         with contextlib.suppress(Exception):
             # (what is wrong with the file is told below)
             blocks = dict(read_conf_file(self.config))
-        namespace = gym.spec(env_name.gym_id).namespace
-        self.has_own_hyperparams = env_name.gym_id in blocks
+        env_id = env_name.gym_id
+        ordinary_id = to_ordinary_id(env_id) if env_id.startswith(NAMESPACE) else env_id
+        namespace = ordinary_id.rpartition(":")[2].rpartition("/")[0]
         # rl-zoo3 takes that block whether it is there or not
         self._is_atari = self._is_atari and "atari" in blocks
-        if not self.has_own_hyperparams and f"default/{namespace}" in blocks:
-            print(f"Using 'default/{namespace}' hyperparameters")
-            self.env_name = EnvironmentName(f"default/{namespace}")
+        own = (env_id, ordinary_id)
+        block = next((name for name in (*own, f"default/{namespace}") if name in blocks), env_id)
+        self.has_own_hyperparams = block in own and block in blocks
+        if block != env_id:
+            print(f"Using {block!r} hyperparameters")
+            self.env_name = EnvironmentName(block)
         try:
             hyperparams, saved_hyperparams = super().read_hyperparameters()
         finally:
             self.env_name = env_name
-        if namespace == "dm_control" and "env_wrapper" not in hyperparams and "Mlp" in hyperparams.get("policy", ""):
+        is_flattened = "env_wrapper" not in hyperparams and "Mlp" in hyperparams.get("policy", "")
+        # (in EnvPool whatever the hyperparameters say, and then in the evaluations too)
+        if namespace == "dm_control" and (is_flattened or (self.in_envpool and not hyperparams.get("env_wrapper"))):
             print(f"Observations of dm_control are flattened: env_wrapper={FLATTEN!r}")
             hyperparams["env_wrapper"] = saved_hyperparams["env_wrapper"] = FLATTEN
+        if self.in_envpool:
+            check_hyperparams_for_envpool(hyperparams, self._where)
         return hyperparams, saved_hyperparams
 
     def _is_default(self, name: str) -> bool:
@@ -285,7 +306,19 @@ class FlowExperimentManager(CheckedExperimentManager):
                     path.unlink()
                     continue
                 self.earlier_logs.append((path, path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))))
-        return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+        no_log = no_log or self.optimize_hyperparameters
+        manager = self
+        if self.in_envpool and not eval_env:
+            # (trials may run in several threads)
+            manager = copy.copy(self)
+            manager.vec_env_class = partial(self._make_envpool, None if no_log else self.save_path)  # type: ignore[assignment]
+        return super(FlowExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
+
+    def _make_envpool(self, monitor_dir: str | None, env_fns: list[Callable[[], gym.Env]]) -> VecEnv:
+        """In place of a class of a ``VecEnv``, which makes it of as many environments."""
+        return make_envpool(
+            self.env_name.gym_id, len(env_fns), monitor_dir=monitor_dir, **self.monitor_kwargs, **self.env_kwargs
+        )
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         try:

@@ -39,7 +39,7 @@ FREE_OPTIONS = {
     "tensorboard_log": "only where the logger writes",
     "num_threads": "only speed",
     "device": "only speed",
-    "vec_env": "only speed: the same environments, in one process or in several",
+    "vec_env": "only speed: the same environments, in one process, in several, or in EnvPool",
     "save_freq": "only how often the run can go on from",
     "save_replay_buffer": "only what is saved",
     "eval_freq": "only how often the model is evaluated",

@@ -20,7 +20,7 @@ from sb3_flow.zoo.arguments import (
     rl_zoo3_arguments,
     seed,
 )
-from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
+from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env, check_vec_env
 from sb3_flow.zoo.errors import InputError
 
 #: A new run has a checkpoint this often, unless --save-freq says otherwise
@@ -73,6 +73,7 @@ def train() -> None:
         print("  --resume [RUN_FOLDER]  go on with a run that was killed or interrupted, with the options that it has")
         print("                         (default: the latest run of this --algo and --env). A larger -n goes on with one")
         print("                         that is finished")
+        print("  --vec-env envpool      make the steps in EnvPool (default with an --env of EnvPool, envpool/CheetahRun-v1)")
         print("  --debug                show the traceback of an error\n")
         rl_zoo3.train.train()
         return
@@ -94,10 +95,11 @@ def train() -> None:
     run: Run | None = None
     if resume.resume is not None:
         run = Run(Path(resume.resume)) if resume.resume else find_run(Path(args.log_folder) / args.algo, args.env)
-    defaults = dict(save_freq=DEFAULT_SAVE_FREQ) if run is None else run.defaults()
+    defaults = dict(save_freq=DEFAULT_SAVE_FREQ, vec_env=None) if run is None else run.defaults()
 
     def check(args: argparse.Namespace) -> None:
         check_env(args.env, args.gym_packages, env_kwargs=args.env_kwargs, eval_env_kwargs=args.eval_env_kwargs)
+        args.vec_env = check_vec_env(args.vec_env, args.env, args.env_kwargs)
         if run is None:
             _check_new_run(args)
         else:
@@ -105,7 +107,8 @@ def train() -> None:
 
     with contextlib.ExitStack() as locks:
         manager = partial(FlowExperimentManager, run=run, locks=locks)
-        with rl_zoo3_arguments(check, TYPES, defaults), patches.experiment_manager(manager):
+        choices = dict(vec_env=("envpool",))
+        with rl_zoo3_arguments(check, TYPES, defaults, choices=choices), patches.experiment_manager(manager):
             try:
                 if args.optimize_hyperparameters:
                     rl_zoo3.train.train()
