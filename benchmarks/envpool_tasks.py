@@ -31,7 +31,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from runs import ROOT, provenance, write_result
@@ -40,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "envpool"
 #: of |ordinary - EnvPool| / max(1, |ordinary|)
 TOLERANCE = 1e-5
 SIGNIFICANCE = 0.01
-N_STEPS, N_RESETS, N_EPISODES, N_POLICIES = 2000, 1000, 200, 3
+N_STEPS, N_RESETS, N_EPISODES, N_POLICIES = 1100, 1000, 200, 3
 HORIZONS = (10, 100)
 TRAINING_STEPS = 200_000
 
@@ -146,25 +145,21 @@ class Ordinary:
     """The ordinary environment, whose state can be set."""
 
     def __init__(self, env_id: str):
-        import shimmy
+        from sb3_flow.envs.envpool import make_ordinary
 
-        gym.register_envs(shimmy)
         self.env_id, self.restore = env_id, RESTORE[env_id]
-        env = gym.make(env_id)
-        of_gymnasium = isinstance(env.observation_space, spaces.Box)
-        self.env = env if of_gymnasium else gym.wrappers.FlattenObservation(env)
+        self.env = make_ordinary(env_id)
         assert isinstance(self.env.action_space, spaces.Box)
         self.action_space = self.env.action_space
-        unwrapped: Any = env.unwrapped
-        self.of_gymnasium = unwrapped if of_gymnasium else None
-        self.physics = None if of_gymnasium else unwrapped._env.physics
+        self.unwrapped: Any = self.env.unwrapped
+        #: of dm_control, None of gymnasium's own environments
+        self.physics = self.unwrapped._env.physics if env_id.startswith("dm_control/") else None
 
     @property
     def state(self) -> tuple[Any, Any]:
         """MuJoCo's model and data."""
-        if self.of_gymnasium is not None:
-            return self.of_gymnasium.model, self.of_gymnasium.data
-        assert self.physics is not None
+        if self.physics is None:
+            return self.unwrapped.model, self.unwrapped.data
         return self.physics.model.ptr, self.physics.data.ptr
 
     def start(self, obs: np.ndarray, orientation: np.ndarray | None = None) -> None:

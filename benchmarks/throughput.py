@@ -226,20 +226,13 @@ def fql(net_name: str, precision: str = "highest") -> tuple[Timed, dict[str, Any
     return call(FQL), {"SAC": call(SAC), "TD3": call(TD3)}, flops * BATCH
 
 
-def ordinary_env(env_id: str) -> gym.Env:
-    import shimmy
-
-    gym.register_envs(shimmy)
-    return gym.wrappers.FlattenObservation(gym.make(env_id))
-
-
 def step(task: str) -> tuple[Timed, dict[str, Any], float]:
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    from sb3_flow.envs.envpool import TASKS, make_envpool
+    from sb3_flow.envs.envpool import TASKS, make_envpool, make_ordinary
 
     env_id, n_steps = f"dm_control/{task}-v0", 100
-    ordinary = DummyVecEnv([lambda: ordinary_env(env_id)] * N_ENVS)
+    ordinary = DummyVecEnv([lambda: make_ordinary(env_id)] * N_ENVS)
     space = ordinary.action_space
     assert isinstance(space, spaces.Box)
     actions = np.random.default_rng(0).uniform(space.low, space.high, (n_steps, N_ENVS, *space.shape)).astype(space.dtype)
@@ -263,7 +256,7 @@ def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
     from stable_baselines3.common.vec_env import VecNormalize
 
     from sb3_flow import FPO
-    from sb3_flow.envs.envpool import TASKS, make_envpool
+    from sb3_flow.envs.envpool import TASKS, make_envpool, make_ordinary
 
     env_id = f"dm_control/{task}-v0"
     settings = hyperparameters("fpo", env_id)
@@ -287,19 +280,20 @@ def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
 
     def ppo(env) -> Timed:
         env = VecNormalize(env, gamma=settings["gamma"])
-        kwargs = dict(policy_kwargs=dict(net_arch=net_arch, activation_fn=th.nn.SiLU), device="cpu", seed=0)
-        return call(PPO(policy, env, **kwargs, **{key: settings[key] for key in of_ppo}))
+        kwargs: dict[str, Any] = {key: settings[key] for key in of_ppo}
+        kwargs["policy_kwargs"] = dict(net_arch=net_arch, activation_fn=th.nn.SiLU)
+        return call(PPO(policy, env, device="cpu", seed=0, **kwargs))
 
     def pool():
         return make_envpool(TASKS[env_id], n_envs=n_envs, num_threads=1)
 
-    env = ordinary_env(env_id)
+    env = make_ordinary(env_id)
     obs_dim, action_dim = spaces.flatdim(env.observation_space), spaces.flatdim(env.action_space)
     n_points = settings["n_mc_samples"] * (1 + settings["n_baseline_actions"])
     collect = flow_flops(obs_dim, action_dim, net_arch["pi"], N_FLOW_STEPS) + mlp(obs_dim, *net_arch["vf"], 1)
     losses = flow_flops(obs_dim, action_dim, net_arch["pi"], n_points)
     flops = collect + losses + 3 * n_epochs * (losses + mlp(obs_dim, *net_arch["vf"], 1))
-    peers = {"PPO": ppo(pool()), "DummyVecEnv": fpo(make_vec_env(lambda: ordinary_env(env_id), n_envs))}
+    peers = {"PPO": ppo(pool()), "DummyVecEnv": fpo(make_vec_env(lambda: make_ordinary(env_id), n_envs))}
     return fpo(pool()), peers, flops
 
 
@@ -415,7 +409,7 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
             row["name"],
             str(row["threads"]),
             f"{row['milliseconds']['ours']:.3g}",
-            f"{row['limit_milliseconds']:.3g}",
+            f"{row['limit_milliseconds']:.3g}" if row["limit_milliseconds"] else "",
             peer,
             f"{row['milliseconds'][peer]:.3g}",
             f"{ratio:.2f}",
