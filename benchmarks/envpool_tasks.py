@@ -461,21 +461,22 @@ def within_tolerance(result: dict[str, Any]) -> bool:
     return max(result["steps"][key]["max"] for key in ("observation", "reward")) <= TOLERANCE
 
 
-def reasons(result: dict[str, Any], n_coordinates: int) -> list[str]:
+def differences(results: dict[str, dict]) -> dict[str, list[str]]:
     """
-    What a task differs in.
-
-    :param result: of the task
-    :param n_coordinates: of the observations of all tasks
-    :return: nothing, if it is the same
+    :param results: of all tasks
+    :return: what each differs in, nothing if it is the same
     """
-    differs = {
-        "spaces": not result["equal_spaces"],
-        "ends of episodes": result["steps"]["n_other_ends"] > 0,
-        "resets": min(result["resets"]["p"]) < SIGNIFICANCE / n_coordinates,
-        "dynamics": not within_tolerance(result) and other_returns(result["returns"]),
+    n_coordinates = sum(len(result["resets"]["p"]) for result in results.values())
+    found = {
+        env_id: {
+            "spaces": not result["equal_spaces"],
+            "ends of episodes": result["steps"]["n_other_ends"] > 0,
+            "resets": min(result["resets"]["p"]) < SIGNIFICANCE / n_coordinates,
+            "dynamics": not within_tolerance(result) and other_returns(result["returns"]),
+        }
+        for env_id, result in results.items()
     }
-    return [name for name, is_so in differs.items() if is_so]
+    return {env_id: [name for name, is_so in of_task.items() if is_so] for env_id, of_task in found.items()}
 
 
 HEADER = ("", "EnvPool", "one step", "100 steps", "reward", "one step, MuJoCo 3.6", "resets, p", "returns, p",
@@ -489,11 +490,10 @@ def to_text(interval: list[float]) -> str:
 def rows(results: dict[str, dict], with_old_mujoco: dict[str, dict]) -> list[tuple[str, ...]]:
     from sb3_flow.envs.envpool import TASKS
 
-    n_coordinates = sum(len(result["resets"]["p"]) for result in results.values())
+    differs = differences(results)
     table = []
     for env_id, result in results.items():
         steps, returns = result["steps"], result.get("returns")
-        differs = reasons(result, n_coordinates)
         old = with_old_mujoco.get(env_id)
         table.append((
             env_id,
@@ -505,7 +505,7 @@ def rows(results: dict[str, dict], with_old_mujoco: dict[str, dict]) -> list[tup
             f"{min(result['resets']['p']):.1g} of {len(result['resets']['p'])}",
             "" if returns is None else f"{min(policy['p'] for policy in returns.values()):.1g} of {len(returns)}",
             *("" if returns is None else to_text(returns["trained"][key]) for key in ("envpool", "ordinary")),
-            f"differs: {', '.join(differs)}" if differs else "same",
+            f"differs: {', '.join(differs[env_id])}" if differs[env_id] else "same",
         ))  # fmt: skip
     return table
 
