@@ -233,9 +233,9 @@ def orientation_of(ordinary: Ordinary, episode: "Episode", n_steps: int = 50) ->
     return rotation.as_quat(scalar_first=True)
 
 
-# --- Policies: step in the episode, observation, seed -> action
+# --- Policies: of each environment the step in its episode, the observation, and a seed of the episode -> actions
 
-Policy = Callable[[int, np.ndarray, int], np.ndarray]
+Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 KINDS: dict[str, Callable[[int, np.ndarray, int, int], Any]] = {
     "uniform": lambda t, obs, dim, seed: np.random.default_rng([seed, t]).uniform(-1, 1, dim),
     "small": lambda t, obs, dim, seed: np.random.default_rng([seed, t]).uniform(-0.1, 0.1, dim),
@@ -254,15 +254,15 @@ KINDS: dict[str, Callable[[int, np.ndarray, int, int], Any]] = {
 def fixed(kind: str, space: spaces.Box) -> Policy:
     """One of the kinds, scaled to the bounds."""
 
-    def policy(t: int, obs: np.ndarray, seed: int) -> np.ndarray:
-        unit = KINDS[kind](t, obs, space.shape[0], seed)
+    def policy(steps: np.ndarray, obs: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        unit = np.stack([KINDS[kind](t, row, space.shape[0], seed) for t, row, seed in zip(steps, obs, seeds, strict=True)])
         # Representable in single precision, which gymnasium's actions have
         return (space.low + (unit + 1) / 2 * (space.high - space.low)).astype(np.float32).astype(np.float64)
 
     return policy
 
 
-def trained(env_id: str, space: spaces.Box, seed: int) -> Policy:
+def trained(env_id: str, seed: int) -> Policy:
     """PPO from EnvPool, its mean action."""
     import torch as th
     from stable_baselines3 import PPO
@@ -273,11 +273,7 @@ def trained(env_id: str, space: spaces.Box, seed: int) -> Policy:
     model = PPO("MlpPolicy", env, **kwargs).learn(TRAINING_STEPS)
     env.close()
 
-    def policy(t: int, obs: np.ndarray, seed: int) -> np.ndarray:
-        action, _ = model.predict(obs, deterministic=True)
-        return np.clip(action, space.low, space.high).astype(np.float64)
-
-    return policy
+    return lambda steps, obs, seeds: model.predict(obs, deterministic=True)[0]
 
 
 # --- Steps
@@ -299,13 +295,13 @@ def end_of(done: bool, truncated: bool) -> str:
 def record(ordinary: Ordinary, seed: int) -> list[Episode]:
     """Step EnvPool with actions of each kind."""
     policies = [fixed(kind, ordinary.action_space) for kind in KINDS]
-    env = make_pool(ordinary.env_id, len(policies), seed)
+    env, seeds = make_pool(ordinary.env_id, len(policies), seed), seed + np.arange(len(policies))
     obs = env.reset()
     observations = [[row] for row in obs]
     steps: list[list[tuple]] = [[] for _ in policies]
     episodes = []
     for t in range(N_STEPS):
-        actions = np.stack([policy(t, obs[i], seed + i) for i, policy in enumerate(policies)])
+        actions = np.concatenate([policy(np.array([t]), obs[[i]], seeds[[i]]) for i, policy in enumerate(policies)])
         obs, rewards, dones, infos = env.step(actions)
         for i, info in enumerate(infos):
             steps[i].append((actions[i], float(rewards[i]), end_of(dones[i], info["TimeLimit.truncated"])))
@@ -386,42 +382,35 @@ def compare_resets(ordinary: Ordinary, seed: int) -> dict[str, Any]:
     )
 
 
-def pool_returns(ordinary: Ordinary, policy: Policy, seed: int, n_envs: int = 20) -> np.ndarray:
+def returns_of(env: Any, policy: Policy, seed: int) -> np.ndarray:
     """Of the first episodes of each environment, the same number: the first to end would be short ones."""
-    env = make_pool(ordinary.env_id, n_envs, seed)
-    obs, lengths = env.reset(), np.zeros(n_envs, int)
+    n_envs = env.num_envs
+    obs, steps = env.reset(), np.zeros(n_envs, int)
     returns: list[list[float]] = [[] for _ in range(n_envs)]
     while min(map(len, returns)) < N_EPISODES // n_envs:
-        actions = np.stack([policy(lengths[i], obs[i], seed + i) for i in range(n_envs)])
-        obs, _, dones, infos = env.step(actions)
-        lengths = np.where(dones, 0, lengths + 1)
+        seeds = seed + np.arange(n_envs) + n_envs * np.array([len(done) for done in returns])
+        obs, _, dones, infos = env.step(policy(steps, obs, seeds))
+        steps = np.where(dones, 0, steps + 1)
         for i in np.flatnonzero(dones):
             returns[i].append(infos[i]["episode"]["r"])
     env.close()
-    return np.concatenate([values[: N_EPISODES // n_envs] for values in returns])
+    return np.array([done[: N_EPISODES // n_envs] for done in returns]).ravel()
 
 
-def ordinary_returns(ordinary: Ordinary, policy: Policy, seed: int) -> np.ndarray:
-    returns = []
-    for i in range(N_EPISODES):
-        obs, total, t, end = ordinary.reset(seed if i == 0 else None), 0.0, 0, ""
-        while not end:
-            obs, reward, end = ordinary.step(policy(t, obs, seed + 1000 + i))
-            total, t = total + reward, t + 1
-        returns.append(total)
-    return np.array(returns)
-
-
-def compare_returns(ordinary: Ordinary, seed: int) -> dict[str, Any]:
+def compare_returns(env_id: str, space: spaces.Box, seed: int, n_envs: int = 20) -> dict[str, Any]:
     """Of three policies, or until one of them is enough to tell the simulators from each other."""
-    space = ordinary.action_space
-    policies = {
-        "trained": trained(ordinary.env_id, space, seed),
-        **{kind: fixed(kind, space) for kind in ("uniform", "sinusoid")},
-    }
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from sb3_flow.envs.envpool import make_ordinary
+
+    policies = {"trained": trained(env_id, seed), **{kind: fixed(kind, space) for kind in ("uniform", "sinusoid")}}
     result: dict[str, Any] = {}
     for name, policy in policies.items():
-        samples = dict(ordinary=ordinary_returns(ordinary, policy, seed), envpool=pool_returns(ordinary, policy, seed))
+        ordinary = make_vec_env(lambda: make_ordinary(env_id), n_envs, seed=seed)
+        samples = dict(
+            ordinary=returns_of(ordinary, policy, seed),
+            envpool=returns_of(make_pool(env_id, n_envs, seed), policy, seed + 1000),
+        )
         result[name] = dict(
             n=N_EPISODES,
             p=p_value(*samples.values()),
@@ -451,7 +440,7 @@ def compare(env_id: str, steps_only: bool, seed: int = 0) -> dict[str, Any]:
     if not steps_only:
         result["resets"] = compare_resets(ordinary, seed)
         if not within_tolerance(result):
-            result["returns"] = compare_returns(ordinary, seed)
+            result["returns"] = compare_returns(env_id, ordinary.action_space, seed)
     source = provenance()
     source["versions"] |= {name: version(name) for name in ("envpool", "dm_control", "shimmy")}
     return result | source
