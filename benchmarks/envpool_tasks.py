@@ -11,13 +11,13 @@ The `VecEnv` of EnvPool is held against the ordinary environment (dm_control thr
   returns   where one step differs: 200 episodes in each simulator (Kolmogorov-Smirnov) of three fixed policies, one of them
             trained in EnvPool, until one differs
 
-The simulators agree in one step if no more than SHARE of the steps differ by more than TOLERANCE, in the observation or in the
-reward. A task is the same if
+The simulators agree in one step if no more than SHARE of the steps differ by more than TOLERANCE, in the observation or in
+the reward. A task is the same if
 
   - the spaces are equal, and episodes end at the same steps in the same way;
   - no coordinate of the resets has p < SIGNIFICANCE divided by the number of coordinates of all tasks;
-  - they agree in one step when the ordinary environment has EnvPool's version of MuJoCo; and with the version that is installed,
-    or else no policy's returns have p < SIGNIFICANCE divided by three times the number of tasks.
+  - they agree in one step when the ordinary environment has EnvPool's version of MuJoCo; and with the version that is
+    installed, or else no policy's returns have p < SIGNIFICANCE divided by three times the number of tasks.
 
 The results, one file for each task, and a table of them are left in benchmarks/results/envpool. Those with the version of MuJoCo
 that is in EnvPool 1.2.5 come first:
