@@ -39,7 +39,7 @@ BAD_INPUTS_OF_ENVPOOL: list[tuple[str, tuple[str, ...]]] = [
     ("train --algo fpo --env envpool/Humanoid-v5 --env-kwargs 'healthy_z_range:(1,2)'",
      ("argument --env-kwargs", "`healthy_z_range` is not an option of Humanoid-v5")),
     *((f"{IN_ENVPOOL} -params {params}", ("argument -params/--hyperparams", *texts)) for params, *texts in [
-        ("env_wrapper:'\"rl_zoo3.wrappers.TimeFeatureWrapper\"'", "TimeFeatureWrapper", "FlattenObservation", "EnvPool has no"),
+        ("env_wrapper:'\"rl_zoo3.wrappers.TimeFeatureWrapper\"'", "TimeFeatureWrapper", "FlattenObservation", "EnvPool"),
         ("env_wrapper:'[{\"rl_zoo3.wrappers.HistoryWrapper\": dict(horizon=2)}]'", "HistoryWrapper", "EnvPool has no"),
         ("policy:'\"MultiInputPolicy\"'", "'MultiInputPolicy'", "'MlpPolicy'", "flattened"),
         ("'monitor_kwargs:dict(info_keywords=(\"foo\",))'", "'foo'", "x_position"),

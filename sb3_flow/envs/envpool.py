@@ -88,7 +88,7 @@ COMPARED = tuple(
 #: Environments of gymnasium that a task of EnvPool does not stand for, and why
 DIFFERENT = {env_id: "they have not been compared" for env_id in TASKS if env_id not in (*COMPARED, *MUJOCO)} | dict.fromkeys(
     ("dm_control/finger-spin-v0", "dm_control/finger-turn_easy-v0", "dm_control/finger-turn_hard-v0"),
-    "contacts of the finger with the spinner are 64 times stiffer from MuJoCo 3.7 on, and EnvPool has 3.6",
+    "contacts of the finger with the spinner are 64 times stiffer from MuJoCo 3.7 on, and EnvPool 1.2.5 has 3.6",
 )
 #: What EnvPool observes more than dm_control, all of whose tasks of a domain have one observation in EnvPool
 NOT_OBSERVED = {
@@ -260,7 +260,7 @@ class EnvPoolVecEnv(VecEnv):
     :param monitor_dir: Folder of a Monitor log of all environments, none if None
     :param info_keywords: What of ``info`` is in ``info["episode"]`` and the log, too
     :param options: Options of the task in EnvPool, ``num_threads`` included
-    :raises ValueError: if one of the arguments is wrong, or SB3 knows no such observations
+    :raises ValueError: if one of the arguments is wrong, or SB3 knows no such environments
     """
 
     def __init__(
@@ -275,12 +275,13 @@ class EnvPoolVecEnv(VecEnv):
         self._envpool_id = envpool_id
         self._options_of_task = check_options(envpool_id, options)
         spec = import_envpool().make_spec(envpool_id, num_envs=n_envs, **self._options_of_task)
+        if spec.config.max_num_players > 1:
+            raise ValueError(f"{envpool_id} has several players, of whom SB3 knows one")
         # EnvPool does not tell a termination in the last step of the limit from a truncation: the limit is our own
         self._limit = spec.config.max_episode_steps
         self._options_of_task["max_episode_steps"] = min(self._limit + 1, np.iinfo(np.int32).max)
-        env_id = ORDINARY.get(envpool_id, f"{NAMESPACE}{envpool_id}")
         #: Whether an episode that comes to its end at the limit is truncated all the same
-        self._limit_comes_first = env_id.startswith("dm_control/")
+        self._limit_comes_first = ORDINARY.get(envpool_id, "").startswith("dm_control/")
         #: Parts of the observation, in the order of ``FlattenObservation``. None if there is only one
         self._keys: list[str] | None = None
         observation_space = spec.observation_space
@@ -295,7 +296,6 @@ class EnvPoolVecEnv(VecEnv):
             # As gymnasium has it. (EnvPool computes with 64 bits)
             low, high = action_space.low.astype(np.float32), action_space.high.astype(np.float32)
             action_space = spaces.Box(low, high, dtype=np.float32)
-        self.spec = gym.envs.registration.EnvSpec(env_id, max_episode_steps=self._limit)
         super().__init__(n_envs, _without_bounds(observation_space), action_space)
 
         self._pool: Any = None
@@ -314,7 +314,7 @@ class EnvPoolVecEnv(VecEnv):
         self._t_start = time.time()
         self._results_writer: ResultsWriter | None = None
         if monitor_dir is not None:
-            header: dict[str, Any] = {"t_start": self._t_start, "env_id": env_id}
+            header: dict[str, Any] = {"t_start": self._t_start, "env_id": f"{NAMESPACE}{envpool_id}"}
             self._results_writer = ResultsWriter(os.path.join(monitor_dir, "0"), header, self._info_keywords)
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -355,7 +355,7 @@ class EnvPoolVecEnv(VecEnv):
         if self._pool is None:
             raise RuntimeError("`reset()` must be called before `step()`")
         obs, rewards, terminated, truncated, info = self._pool.step(self._actions)
-        obs, infos = self._to_obs(obs), self._to_infos(info, self.num_envs)
+        obs, infos = self._to_obs(obs), self._to_infos(info, self.num_envs, {"TimeLimit.truncated": False})
         self._returns += rewards
         lengths = info["elapsed_step"]
         is_at_limit = lengths >= self._limit
@@ -382,8 +382,8 @@ class EnvPoolVecEnv(VecEnv):
             return obs
         return np.concatenate([obs[key].reshape(len(obs[key]), -1) for key in self._keys], axis=1)
 
-    def _to_infos(self, info: dict[str, Any], n_envs: int) -> list[dict[str, Any]]:
-        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(n_envs)]
+    def _to_infos(self, info: dict[str, Any], n_envs: int, more: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        infos: list[dict[str, Any]] = [dict(more or {}) for _ in range(n_envs)]
         for key in self._info_keys:
             for env_info, value in zip(infos, info[key], strict=True):
                 env_info[key] = value
@@ -408,7 +408,7 @@ class EnvPoolVecEnv(VecEnv):
         # Those of an environment of gymnasium that this one has, too
         if attr_name == "render_mode":
             value = None
-        elif attr_name in ("spec", "observation_space", "action_space"):
+        elif attr_name in ("observation_space", "action_space"):
             value = getattr(self, attr_name)
         else:
             raise AttributeError(f"environments of EnvPool have no attribute {attr_name!r}")

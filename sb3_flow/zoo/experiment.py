@@ -157,7 +157,7 @@ class FlowExperimentManager(CheckedExperimentManager):
         self.in_envpool = kwargs.get("vec_env_type") == "envpool"
         if self.in_envpool:
             kwargs["vec_env_type"] = "dummy"
-            # (on purpose)
+            # (they are not, on purpose)
             warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
         super().__init__(*args, **kwargs)
         # (what makes one, in place of a class: rl-zoo3 only calls it)
@@ -197,6 +197,9 @@ class FlowExperimentManager(CheckedExperimentManager):
             # Whatever has become of the file that they are from. Its dataset may be elsewhere by now
             moved = {name: value for name, value in (self.custom_hyperparams or {}).items() if name == "dataset"}
             self.has_own_hyperparams = True
+            if self.in_envpool:
+                # (where the run may not have been)
+                check_hyperparams_for_envpool(self.run.config, self._where)
             return self.run.config | moved, self.run.config | moved
         env_name, blocks = self.env_name, {}
         with contextlib.suppress(Exception):
