@@ -479,7 +479,7 @@ def test_search_in_envpool(main, made):
     assert made[-2:] == IN_BOTH and all(kind == "EnvPoolVecEnv" for when, kind, _ in made if when == "training")
 
 
-@pytest.mark.parametrize("env_id", ["envpool/BallInCupCatch-v1", "dm_control/ball_in_cup-catch-v0"])
+@pytest.mark.parametrize("env_id", ["envpool/CartpoleBalance-v1", "dm_control/cartpole-balance-v0"])
 def test_hyperparameters_and_environments_of_dm_control(main, tmp_path, env_id):
     """The block of the known id. With either id, observations are the same in training and evaluations."""
     pytest.importorskip("shimmy", reason='needs pip install "sb3-flow[dmc]"')
@@ -494,15 +494,15 @@ def test_hyperparameters_and_environments_of_dm_control(main, tmp_path, env_id):
     for hyperparams in ({}, dict(env_wrapper=None)):
         made = manager(hyperparams=hyperparams)
         found = made.read_hyperparameters()[0]
-        # (0.95 in the block of this task, 0.995 in that of dm_control)
-        assert found["gamma"] == 0.95 and made.has_own_hyperparams
+        # (0.06 in the block of this task, 0.02 in that of dm_control)
+        assert found["ent_coef"] == 0.06 and made.has_own_hyperparams
         _, made.env_wrapper, *_ = made._preprocess_hyperparams(found)
         envs = [made.create_envs(2, eval_env=is_eval, no_log=True) for is_eval in (False, True)]
         assert [type(env.unwrapped).__name__ for env in envs] == ["EnvPoolVecEnv", "DummyVecEnv"]
         assert envs[0].observation_space == envs[1].observation_space and envs[0].action_space == envs[1].action_space
-        assert envs[0].observation_space.shape == (8,)
+        assert envs[0].observation_space.shape == (5,)
     # From the nearest to the farthest
-    blocks = list(dict.fromkeys(["default", "default/dm_control", "dm_control/ball_in_cup-catch-v0", env_id]))
+    blocks = list(dict.fromkeys(["default", "default/dm_control", "dm_control/cartpole-balance-v0", env_id]))
     conf_file = tmp_path / "conf.yml"
     for n_blocks in range(1, len(blocks) + 1):
         conf = {name: dict(policy="MlpPolicy", n_timesteps=1, n_envs=i) for i, name in enumerate(blocks[:n_blocks], 1)}

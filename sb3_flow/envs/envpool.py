@@ -86,10 +86,14 @@ COMPARED = tuple(
     )
 )  # fmt: skip
 #: Environments of gymnasium that a task of EnvPool does not stand for, and why
-DIFFERENT = {env_id: "they have not been compared" for env_id in TASKS if env_id not in (*COMPARED, *MUJOCO)} | dict.fromkeys(
-    ("dm_control/finger-spin-v0", "dm_control/finger-turn_easy-v0", "dm_control/finger-turn_hard-v0"),
-    "contacts of the finger with the spinner are 64 times stiffer from MuJoCo 3.7 on, and EnvPool 1.2.5 has 3.6",
-)
+DIFFERENT = {
+    **{env_id: "they have not been compared" for env_id in TASKS if env_id not in (*COMPARED, *MUJOCO)},
+    **dict.fromkeys(
+        ("dm_control/finger-spin-v0", "dm_control/finger-turn_easy-v0", "dm_control/finger-turn_hard-v0"),
+        "contacts of the finger with the spinner are 64 times stiffer from MuJoCo 3.7 on, and EnvPool 1.2.5 has 3.6",
+    ),
+    "dm_control/ball_in_cup-catch-v0": "EnvPool mistakes the size of the ball, which is caught in a larger part of the cup",
+}
 #: What EnvPool observes more than dm_control, all of whose tasks of a domain have one observation in EnvPool
 NOT_OBSERVED = {
     "DogStand-v1": ("ball_state", "target_position"),
