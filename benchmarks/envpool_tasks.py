@@ -19,8 +19,8 @@ the reward. A task is the same if
   - they agree in one step when the ordinary environment has EnvPool's version of MuJoCo; and with the version that is
     installed, or else no policy's returns have p < SIGNIFICANCE divided by three times the number of tasks.
 
-The results, one file for each task, and a table of them are left in benchmarks/results/envpool. Those with the version of MuJoCo
-that is in EnvPool 1.2.5 come first:
+The results, one file for each task, and a table of them are left in benchmarks/results/envpool. Those with the version of
+MuJoCo that is in EnvPool 1.2.5 come first:
 
   pip install --no-deps --target OLD mujoco==3.6.0 dm_control==1.0.38
   PYTHONPATH=OLD python benchmarks/envpool_tasks.py --steps-only --results benchmarks/results/envpool/mujoco-3.6.0
