@@ -176,7 +176,7 @@ def to_envpool_id(env_id: str) -> str:
     known = import_envpool().list_all_envs()
     name = env_id.removeprefix(NAMESPACE)
     if name not in known:
-        hint = _did_you_mean(env_id, [*TASKS, *known])
+        hint = _did_you_mean(name, [*TASKS, *known])
         raise ValueError(f"EnvPool has no task {env_id!r}, nor one that is known to be the same{hint}")
     return name
 
