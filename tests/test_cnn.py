@@ -46,8 +46,8 @@ def test_frame_stack_and_reward_normalization():
 def test_which_loss_trains_which_features_extractor(share_features_extractor):
     policy = make_model(make_env(), share_features_extractor=share_features_extractor).policy
     action_dim = policy.action_net.action_dim
-    obs, actions = th.randint(256, (4, 1, 40, 40), dtype=th.uint8), th.randn(4, 1, action_dim)
-    values, outputs = policy.evaluate_flow(obs, actions, th.randn(4, 3, action_dim), th.rand(4, 3))
+    obs = th.randint(256, (4, 1, 40, 40), dtype=th.uint8)
+    values, outputs = policy.evaluate_flow(obs, th.randn(4, 3, action_dim), th.rand(4, 3))
     extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
     for loss, own in [(outputs.square().mean(), 0), (values.square().mean(), 1)]:
         policy.zero_grad()

@@ -541,7 +541,7 @@ def check_values(policy, obs_dim=OBS_DIM) -> th.Tensor:
     """Rollouts, ``predict_values`` and updates have the same value, of one observation or many."""
     obs = th.randn(9, obs_dim, generator=th.Generator().manual_seed(0))
     actions, timesteps = th.zeros(9, 1, ACTION_DIM), th.full((9, 1), 0.5)
-    in_training, _ = policy.evaluate_flow(obs, actions, actions, timesteps)
+    in_training, _ = policy.evaluate_flow(obs, actions, timesteps)
     for mode in (th.no_grad, th.inference_mode):
         with mode():
             _, in_rollout, _ = policy(obs)
@@ -653,7 +653,7 @@ def test_custom_mlp_extractor(policy_class, latent_dims, share, ema_decay, tmp_p
     before = check_actions(policy)
     obs = th.randn(9, OBS_DIM)
     # Both parts are trained, and matter to what they are for
-    values, outputs = policy.evaluate_flow(obs, *th.zeros(2, 9, 1, ACTION_DIM), th.full((9, 1), 0.5))
+    values, outputs = policy.evaluate_flow(obs, th.zeros(9, 1, ACTION_DIM), th.full((9, 1), 0.5))
     (values.sum() + outputs.sum()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in policy.mlp_extractor.parameters())
     with th.no_grad():
@@ -852,7 +852,7 @@ def test_another_kind_of_flow_network():
     obs, zeros = th.zeros(2, OBS_DIM), th.zeros(2, 1, ACTION_DIM)
     for function in (
         lambda: policy(obs), lambda: policy.predict(obs.numpy()), lambda: policy.explore(obs, zeros),
-        lambda: policy.evaluate_flow(obs, zeros, zeros, th.zeros(2, 1)), lambda: policy.velocity_field(obs),
+        lambda: policy.evaluate_flow(obs, zeros, th.zeros(2, 1)), lambda: policy.velocity_field(obs),
         lambda: policy.create_ema(0.9),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="`action_net` must be a FlowNetwork, it is a Sequential"):

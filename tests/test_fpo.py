@@ -15,7 +15,7 @@ from torch.distributions import TanhTransform
 
 import sb3_flow.fpo.fpo as fpo_module
 from sb3_flow import FPO
-from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, flow_target, interpolate
+from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, interpolate
 from sb3_flow.common.surrogates import RATIO_TYPES, flow_ratio
 
 
@@ -98,22 +98,31 @@ def test_every_transition_once_per_epoch():
 
 
 @pytest.mark.parametrize("n_baseline_actions", [0, 2])
-def test_loss_is_that_of_the_rollout(n_baseline_actions):
+@pytest.mark.parametrize(
+    ("prediction_type", "supervision", "loss_reduction"),
+    [("velocity", "noise", "mean"), ("velocity", "elbo", "sum"), ("noise", "velocity", "sqrt"), ("action", "action", "sum")],
+)
+def test_loss_is_that_of_the_rollout(monkeypatch, n_baseline_actions, prediction_type, supervision, loss_reduction):
     """The losses of a transition, from the plain network and the stored (raw) action and observation."""
-    model = make_model(n_mc_samples=3, n_baseline_actions=n_baseline_actions)
+    calls = record_calls(monkeypatch, "draw_pairs")
+    loss_kwargs = dict(supervision=supervision, loss_reduction=loss_reduction)
+    policy_kwargs = dict(prediction_type=prediction_type, output_scale=1.0)
+    model = make_model(n_mc_samples=3, n_baseline_actions=n_baseline_actions, policy_kwargs=policy_kwargs, **loss_kwargs)
     collect(model)
     rollout = model._get_rollout()
+    ((_, (noise, timesteps, _)),) = calls
     assert rollout.actions.shape == (128, 1 + n_baseline_actions, 1, 1)
-    assert rollout.noise.shape == (128, 1, 3, 1) and rollout.timesteps.shape == (128, 1, 3)
-    values, outputs = model.policy.evaluate_flow(rollout.observations, rollout.actions, rollout.noise, rollout.timesteps)
+    assert rollout.x_t.shape == rollout.targets.shape == (128, 1 + n_baseline_actions, 3, 1)
+    assert rollout.timesteps.shape == rollout.weights.shape == (128, 1, 3)
+    values, outputs = model.policy.evaluate_flow(rollout.observations, rollout.x_t, rollout.timesteps)
     losses = model._cfm_loss(outputs, rollout)
     assert losses.shape == (128, 1 + n_baseline_actions, 3)
     network = model.policy.action_net
-    noise, timesteps = rollout.noise.squeeze(1), rollout.timesteps.squeeze(1)
     for actions, loss in zip(rollout.actions.unbind(dim=1), losses.unbind(dim=1), strict=True):
         x_t = interpolate(actions, noise, timesteps)
         plain = network.forward_plain(rollout.observations, x_t, timesteps)
-        assert th.allclose(loss, cfm_loss(plain, actions, noise, timesteps, "velocity", "noise"), atol=1e-5)
+        expected = cfm_loss(plain, actions, noise, timesteps, prediction_type, supervision, loss_reduction)
+        assert th.allclose(loss, expected, rtol=1e-4, atol=1e-5)
     assert th.allclose(values.flatten(), rollout.old_values, atol=1e-5)
 
 
@@ -181,7 +190,7 @@ def test_gradients_reach_only_what_they_should():
     actor = set(policy.action_net.parameters())
     critic = {*policy.mlp_extractor.parameters(), *policy.value_net.parameters()}
     assert actor | critic == set(policy.parameters())
-    values, outputs = model.policy.evaluate_flow(rollout.observations, rollout.actions, rollout.noise, rollout.timesteps)
+    values, outputs = model.policy.evaluate_flow(rollout.observations, rollout.x_t, rollout.timesteps)
     for loss, touched in [(model._cfm_loss(outputs, rollout).mean(), actor), (values.square().mean(), critic)]:
         policy.zero_grad()
         loss.backward()
@@ -350,9 +359,8 @@ def test_bounds_loss_is_on_the_predicted_actions(prediction_type):
     model = make_model(n_mc_samples=4, n_baseline_actions=2, bounds_loss_coef=0.1, policy_kwargs=policy_kwargs)
     collect(model)
     batch = model._get_rollout()
-    outputs = flow_target(prediction_type, batch.actions, batch.noise).expand(-1, 3, 4, -1)
     expected = (10 * batch.actions.abs() - 1.5).clamp(min=0).square().mean().item()
-    assert model._bounds_loss(outputs, batch).item() == pytest.approx(expected, rel=1e-3) and expected > 0
+    assert model._bounds_loss(batch.targets, batch).item() == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 def test_target_kl_stops_early():

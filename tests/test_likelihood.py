@@ -8,7 +8,7 @@ import torch as th
 from torch.distributions import MultivariateNormal, Normal
 
 from sb3_flow import FPO
-from sb3_flow.common.flow import PREDICTION_TYPES, SINGULARITY_MARGIN
+from sb3_flow.common.flow import PREDICTION_TYPES, SINGULARITY_MARGIN, interpolate
 from sb3_flow.common.likelihood import evidence_lower_bound, log_likelihood, odeint
 
 pytest.importorskip("torchdiffeq", reason='needs pip install "sb3-flow[solvers]"')
@@ -155,7 +155,7 @@ def test_bound_of_a_network_that_has_learned():
         before = bound()
     for _ in range(400):
         actions, noise, t = MEAN + STD * th.randn(256, 1), th.randn(256, 1, 1), th.rand(256, 1)
-        _, velocity = policy.evaluate_flow(obs, actions.unsqueeze(1), noise, t)
+        _, velocity = policy.evaluate_flow(obs, interpolate(actions.unsqueeze(1), noise, t), t)
         loss = (velocity - (noise - actions.unsqueeze(1))).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -117,7 +117,7 @@ def to_action(output: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor, predictio
     if prediction_type == "action":
         return output
     timesteps = timesteps.unsqueeze(-1)
-    return x_t - timesteps * to_velocity(output, x_t, timesteps, prediction_type)
+    return th.addcmul(x_t, timesteps, to_velocity(output, x_t, timesteps, prediction_type), value=-1)
 
 
 def timestep_range(prediction_type: str, supervision: str = "velocity") -> tuple[float, float]:
@@ -141,7 +141,7 @@ def standard_normal_flow(timesteps: Time, prediction_type: str) -> Time:
     :param prediction_type: "velocity", "noise" or "action"
     :return: of the shape of the timesteps
     """
-    variance = standard_normal_std(timesteps) ** 2
+    variance = timesteps**2 + (1 - timesteps) ** 2
     if prediction_type == "velocity":
         return (2 * timesteps - 1) / variance
     return (timesteps if prediction_type == "noise" else 1 - timesteps) / variance
@@ -211,6 +211,23 @@ def draw_pairs(
     return noise, grid[indices], (odds.mean() / odds)[indices]
 
 
+def loss_weights(
+    timesteps: th.Tensor, action_dim: int, prediction_type: str, supervision: str, reduction: str = "mean"
+) -> th.Tensor:
+    """
+    What the CFM loss multiplies the squared error of a network's output with.
+
+    :param timesteps: (...,)
+    :param action_dim: Number of action dimensions
+    :param prediction_type: what the network predicts
+    :param supervision: whose squared error is the loss, or "elbo", see :func:`cfm_loss`
+    :param reduction: over the action dimensions
+    :return: (...,)
+    """
+    scale = rescale_error(th.ones_like(timesteps).unsqueeze(-1), timesteps, prediction_type, supervision).squeeze(-1)
+    return scale.square() / {"mean": action_dim, "sum": 1.0, "sqrt": action_dim**0.5}[reduction]
+
+
 def _error_scale(kind: str, timesteps: th.Tensor) -> th.Tensor:
     """Size of the error in ``kind`` for a unit error in the velocity."""
     if kind == "velocity":
@@ -257,9 +274,14 @@ def cfm_loss(
     :param reduction: over the action dimensions: "mean", "sum", or "sqrt" for the sum over the square root of their number
     :return: (...,)
     """
-    error = output - flow_target(prediction_type, actions, noise)
-    squared_error = rescale_error(error, timesteps, prediction_type, supervision).square()
-    if reduction == "mean":
-        return squared_error.mean(dim=-1)
-    loss = squared_error.sum(dim=-1)
-    return loss if reduction == "sum" else loss / squared_error.shape[-1] ** 0.5
+    weights = loss_weights(timesteps, output.shape[-1], prediction_type, supervision, reduction)
+    return weights * squared_error(output, flow_target(prediction_type, actions, noise))
+
+
+def squared_error(output: th.Tensor, target: th.Tensor) -> th.Tensor:
+    """
+    :param output: Output of a network, (..., action_dim)
+    :param target: What it is trained to predict, see :func:`flow_target`
+    :return: sum over the action dimensions, (...,)
+    """
+    return (output - target).square().sum(dim=-1)

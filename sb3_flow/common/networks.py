@@ -13,11 +13,13 @@ from torch import nn
 from sb3_flow.common.activations import ELEMENTWISE, TanhGELU
 from sb3_flow.common.checks import to_float, to_int
 from sb3_flow.common.flow import sampler_grid, standard_normal_flow, standard_normal_std, timestep_range, to_velocity
+from sb3_flow.common.flow_mlp import WITH_DERIVATIVE, flow_mlp
 from sb3_flow.common.in_place import (
     PLAIN,
     EulerIntegrator,
     Memory,
     PlainMLP,
+    are_ordinary,
     euler_coefficients,
     is_plain,
     methods_of,
@@ -115,9 +117,10 @@ class FlowNetwork(nn.Module):
 
         :param features: (batch, features_dim)
         :param x: (batch, n, action_dim), n points for each observation
-        :param timesteps: (batch, n)
+        :param timesteps: (batch, n), or (batch, m): those of the first m points, of the next m, ...
         :return: (batch, n, action_dim)
         """
+        timesteps = timesteps.repeat(1, x.shape[1] // timesteps.shape[1])
         features = features.unsqueeze(1).expand(-1, x.shape[1], -1)
         inputs = th.cat([features, x, self.timestep_embedding(timesteps)], dim=-1)
         return self._from_first_layer(self.input_layer(inputs.flatten(0, 1)), x, timesteps)
@@ -128,16 +131,34 @@ class FlowNetwork(nn.Module):
 
         :param features: (batch, features_dim)
         :param x: (batch, n, action_dim), n points for each observation
-        :param timesteps: (batch, n)
+        :param timesteps: (batch, n), or (batch, m): those of the first m points, of the next m, ...
         :return: (batch, n, action_dim)
         """
+        mlp = self._plain_mlp(features, x, timesteps)
+        if mlp is not None and WITH_DERIVATIVE.keys() >= {*mlp.kinds}:
+            output = flow_mlp(mlp.kinds, mlp.layers, features, x, self.timestep_embedding(timesteps))
+            return self._scale_and_skip(output, x, timesteps)
         if not self._has_plain_input_layer():
             return self.forward_plain(features, x, timesteps)
-        weight = self.input_layer.weight
-        from_features = nn.functional.linear(features, weight[:, : self.features_dim], self.input_layer.bias)
-        points = th.cat([x, self.timestep_embedding(timesteps)], dim=-1)
-        hidden = from_features.unsqueeze(1) + nn.functional.linear(points, weight[:, self.features_dim :])
-        return self._from_first_layer(hidden.flatten(0, 1), x, timesteps)
+        # Each input as often as it is another one
+        weight_features, weight_x, weight_t = self._input_weights()
+        from_features = nn.functional.linear(features, weight_features, self.input_layer.bias)
+        from_times = nn.functional.linear(self.timestep_embedding(timesteps), weight_t)
+        from_x = nn.functional.linear(x, weight_x).unflatten(1, (-1, timesteps.shape[1]))
+        hidden = (from_features.unsqueeze(1) + from_times).unsqueeze(1) + from_x
+        return self._from_first_layer(hidden.flatten(0, 2), x, timesteps)
+
+    def _plain_mlp(self, *inputs: th.Tensor) -> PlainMLP | None:
+        """All layers, None unless they are plain, on a CPU, and there is nothing special about the inputs."""
+        if inputs[0].device.type != "cpu" or not are_ordinary(*inputs):
+            return None
+        mlp = PlainMLP.find([self.input_layer, self.layers], inputs[0].dtype, [self, self.timestep_embedding])
+        return None if mlp is None or not mlp.kinds else mlp
+
+    def _input_weights(self) -> tuple[th.Tensor, ...]:
+        """Those of the first layer for the features, x, and the features of the time."""
+        first_time = self.features_dim + self.action_dim
+        return self.input_layer.weight.tensor_split([self.features_dim, first_time], dim=1)
 
     def _has_plain_input_layer(self) -> bool:
         return type(self.input_layer) is nn.Linear and is_plain(self.input_layer)
@@ -146,16 +167,17 @@ class FlowNetwork(nn.Module):
         """
         :param hidden: Output of the first layer, (batch * n, units): modules see points as a batch, as those of any MLP
         :param x: (batch, n, action_dim)
-        :param timesteps: (batch, n)
+        :param timesteps: (batch, n), or (batch, m), see :meth:`forward`
         :return: Output of the network, (batch, n, action_dim)
         """
-        return self._add_skip_connection(self.output_scale * self.layers(hidden).view(x.shape), x, timesteps)
+        return self._scale_and_skip(self.layers(hidden).view(x.shape), x, timesteps)
 
-    def _add_skip_connection(self, output: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    def _scale_and_skip(self, output: th.Tensor, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         if not self.skip_connection:
-            return output
-        scale = standard_normal_flow(timesteps, self.prediction_type)
-        return th.addcmul(output, scale.unsqueeze(-1), x)
+            return self.output_scale * output
+        factor = standard_normal_flow(timesteps, self.prediction_type).unsqueeze(-1).unsqueeze(1)
+        skipped = factor * x.unflatten(1, (-1, timesteps.shape[1]))
+        return th.add(skipped.view(x.shape), output, alpha=self.output_scale)
 
     def velocity_field(self, features: th.Tensor, n_flow_steps: int) -> VelocityField:
         """
@@ -175,13 +197,11 @@ class FlowNetwork(nn.Module):
 
             return plain_field
 
-        first_action, first_time = self.features_dim, self.features_dim + self.action_dim
-        weight = self.input_layer.weight
-        weight_x, weight_t = weight[:, first_action:first_time].t(), weight[:, first_time:]
-        from_features = nn.functional.linear(features, weight[:, :first_action], self.input_layer.bias)
+        weight_features, weight_x, weight_t = self._input_weights()
+        from_features = nn.functional.linear(features, weight_features, self.input_layer.bias)
 
         def from_features_and_times(times: list[float]) -> tuple[th.Tensor, ...]:
-            embedding = self.timestep_embedding(features.new_tensor(times).clamp(earliest, latest))
+            embedding = self.timestep_embedding(_to_tensor(times, features).clamp(earliest, latest))
             return (from_features + nn.functional.linear(embedding, weight_t).unsqueeze(1)).unbind()
 
         grid = sampler_grid(n_flow_steps)
@@ -190,7 +210,7 @@ class FlowNetwork(nn.Module):
         def field(x: th.Tensor, t: float) -> th.Tensor:
             if t not in prepared:
                 (prepared[t],) = from_features_and_times([t])
-            output = self.output_scale * self.layers(th.addmm(prepared[t], x, weight_x))
+            output = self.output_scale * self.layers(th.addmm(prepared[t], x, weight_x.t()))
             t = min(max(t, earliest), latest)
             if self.skip_connection:
                 output = th.add(output, x, alpha=standard_normal_flow(t, self.prediction_type))
@@ -258,6 +278,13 @@ class FlowNetwork(nn.Module):
 
 # A subclass is something else
 PLAIN.update({kind: methods_of(kind)(kind) for kind in (TimestepEmbedding, FlowNetwork)})
+
+
+def _to_tensor(times: list[float], like: th.Tensor) -> th.Tensor:
+    if like.is_cuda and not th.compiler.is_compiling() and th.cuda.is_current_stream_capturing():
+        # What comes from the host is waited for, which a captured stream cannot be
+        return th.stack([like.new_full((), t) for t in times])
+    return like.new_tensor(times)
 
 
 def lecun_uniform_init(module: nn.Module) -> None:
@@ -390,7 +417,7 @@ class ImpalaCNN(BaseFeaturesExtractor):
                 nn.Conv2d(channels, n_filters, 3, padding=1),
                 # As in JAX: to half the size, rounded up. An odd size is padded at both ends, an even one at the end only
                 nn.MaxPool2d(3, stride=2, padding=(height % 2, width % 2), ceil_mode=True),
-                _Residual(n_filters),
+                Residual(n_filters),
             ]
             channels, height, width = n_filters, (height + 1) // 2, (width + 1) // 2
         self.cnn = nn.Sequential(*stages, nn.ReLU(), nn.Flatten())
@@ -401,7 +428,13 @@ class ImpalaCNN(BaseFeaturesExtractor):
         return self.linear(self.cnn(observations))
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """
+    Residual block of :class:`ImpalaCNN`.
+
+    :param n_filters: Number of channels
+    """
+
     def __init__(self, n_filters: int):
         super().__init__()
         convolutions = [nn.Conv2d(n_filters, n_filters, 3, padding=1) for _ in range(2)]

@@ -24,7 +24,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sb3_flow.common.activations import is_transformed
 from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
 from sb3_flow.common.checks import DECAY, NOT_NEGATIVE, POSITIVE, to_bool, to_float, to_int, to_net_arch
-from sb3_flow.common.flow import PREDICTION_TYPES, check_choice, interpolate
+from sb3_flow.common.cuda_graphs import (
+    CAPTURED_SAMPLERS,
+    CapturedFunction,
+    Graphs,
+    clone,
+    copy_into,
+    find_obstacle,
+    global_state,
+    layout,
+)
+from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
@@ -152,6 +162,9 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}
         self._memory = Memory()
+        #: Whether :meth:`forward` runs as a CUDA graph where it can, see ``compile`` of :class:`FPO`
+        self.captures_forward = False
+        self._graphs = Graphs()
 
         super().__init__(
             observation_space,
@@ -402,12 +415,10 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             in place of the log probability, which a flow policy does not need
         :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
         """
-        latent_pi, values = self._latent_pi_and_values(obs)
-        self._check_action_net()
-        if deterministic:
-            actions = self._sample(self.action_net, latent_pi, deterministic)
-        else:
-            actions = self._explore(latent_pi, self._draw_noise(latent_pi))
+        in_graph = None
+        if self.captures_forward and not deterministic and not th.is_grad_enabled() and not is_transformed():
+            in_graph = self._forward_in_graph(obs)
+        actions, values = self._actions_and_values(obs, deterministic) if in_graph is None else in_graph
         # (one number tells)
         if not is_transformed() and not math.isfinite(actions.sum()):
             obs_tensors = obs.values() if isinstance(obs, dict) else [obs]
@@ -417,6 +428,40 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         # (of a Box, whose shape is not None)
         shape = cast(spaces.Box, self.action_space).shape
         return actions.reshape((-1, *shape)), values, values.new_zeros(values.shape[0])
+
+    def _actions_and_values(self, obs: PyTorchObs, deterministic: bool) -> tuple[th.Tensor, th.Tensor]:
+        latent_pi, values = self._latent_pi_and_values(obs)
+        self._check_action_net()
+        if deterministic:
+            return self._sample(self.action_net, latent_pi, deterministic), values
+        return self._explore(latent_pi, self._draw_noise(latent_pi)), values
+
+    def _forward_in_graph(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor] | None:
+        """
+        :param obs: Observation
+        :return: raw actions and values, None if there is no graph for it
+        """
+        graphs, key = self._graphs, global_state()
+        if not graphs.is_current(key, self):
+            graphs.restart(self._find_obstacle(), key, self)
+        if graphs.obstacle is not None:
+            return None
+        name = (tuple(obs) if isinstance(obs, dict) else None, layout(obs))
+        if name not in graphs:
+            static = clone(obs)
+            function = CapturedFunction(lambda: th.cat(self._actions_and_values(static, False), dim=1), self.device)
+            graphs[name] = static, function
+        static, function = graphs[name]
+        copy_into(static, obs)
+        result = function().clone()
+        return result[:, :-1], result[:, -1:]
+
+    def _find_obstacle(self) -> str | None:
+        if type(self) not in (FlowPolicy, FlowCnnPolicy, FlowMultiInputPolicy):
+            return f"{type(self).__name__} is a policy of its own"
+        if self.sampler not in CAPTURED_SAMPLERS:
+            return f'the sampler "{self.sampler}" waits for the device'
+        return find_obstacle(self, [type(self), AveragedModel])
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -490,39 +535,32 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         sigma = 0.0 if deterministic else self.sampler_sigma
         return action_net.sample(features, noise, self.n_flow_steps, self.sampler, sigma)
 
-    def evaluate_flow(
-        self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def evaluate_flow(self, obs: PyTorchObs, x_t: th.Tensor, timesteps: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Evaluate the value function and, at points of the paths between noise and action, the flow network.
-
-        The shapes of actions, noise and timesteps must broadcast, (batch, ...) for any number of points per observation.
+        Evaluate the value function and, at points of the paths between noise and action
+        (see :func:`~sb3_flow.common.flow.interpolate`), the flow network.
 
         :param obs: Observation
-        :param actions: Raw actions, (batch, ..., action_dim)
-        :param noise: (batch, ..., action_dim)
-        :param timesteps: (batch, ...)
+        :param x_t: Any number of points for each observation, (batch, ..., action_dim)
+        :param timesteps: Their times, (batch, ...), or what broadcasts to it
         :return: estimated value, (batch, 1), and output of the flow network, (batch, ..., action_dim)
         """
         latent_pi, values = self._latent_pi_and_values(obs)
-        return values, self._flow_output(latent_pi, actions, noise, timesteps)
+        return values, self._flow_output(latent_pi, x_t, timesteps)
 
-    def flow_output(self, obs: PyTorchObs, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    def flow_output(self, obs: PyTorchObs, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """
         The second part of :meth:`evaluate_flow` by itself.
 
         :param obs: Observation
-        :param actions: Raw actions, (batch, ..., action_dim)
-        :param noise: (batch, ..., action_dim)
-        :param timesteps: (batch, ...)
+        :param x_t: (batch, ..., action_dim)
+        :param timesteps: (batch, ...), or what broadcasts to it
         :return: output of the flow network, (batch, ..., action_dim)
         """
-        return self._flow_output(self._latent_pi(obs, self._actor()), actions, noise, timesteps)
+        return self._flow_output(self._latent_pi(obs, self._actor()), x_t, timesteps)
 
-    def _flow_output(self, latent_pi: th.Tensor, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    def _flow_output(self, latent_pi: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         self._check_action_net()
-        x_t = interpolate(actions, noise, timesteps)
-        timesteps = timesteps.expand(x_t.shape[:-1])
         return self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
@@ -541,7 +579,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             # There is nothing to choose, and no loss, where the bounds are equal
             half_range = th.where(half_range > 0, half_range, th.inf)
             actions, soft_bound = (actions - middle) / half_range, SOFT_BOUNDS["clip"]
-        return nn.functional.relu(actions.abs() - soft_bound).square().sum(dim=-1)
+        # (towards the middle by the soft bound, zero inside)
+        return nn.functional.softshrink(actions, soft_bound).square().sum(dim=-1)
 
     def log_squashing(self, actions: th.Tensor) -> th.Tensor:
         """
