@@ -38,7 +38,7 @@ class Collectives:
         from sb3_flow import distributed
 
         self.seconds, self.sizes = 0.0, [0]
-        self.functions = {name: getattr(distributed, name) for name in ("_all_reduce", "gather", "broadcast")}
+        self.functions = {name: getattr(distributed, name) for name in ("all_reduce", "gather", "broadcast")}
         for name, function in self.functions.items():
             setattr(distributed, name, self.timed(function))
         return self

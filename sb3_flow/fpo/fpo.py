@@ -26,6 +26,7 @@ from sb3_flow.common.cuda_graphs import (
     has_replaced_methods,
     layout,
 )
+from sb3_flow.common.distributed_algorithm import DistributedOnPolicyAlgorithm, learns_together
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
     MC_SAMPLINGS,
@@ -43,7 +44,6 @@ from sb3_flow.common.flow import (
 from sb3_flow.common.optimizers import clip_grad_norm
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
-from sb3_flow.distributed import DistributedOnPolicyAlgorithm, learns_together
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")

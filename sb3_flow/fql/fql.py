@@ -42,10 +42,10 @@ from sb3_flow.common.cuda_graphs import (
     layout,
 )
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
+from sb3_flow.common.distributed_algorithm import DistributedOffPolicyAlgorithm, learns_together
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
-from sb3_flow.distributed import DistributedOffPolicyAlgorithm, learns_together
 from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
