@@ -29,7 +29,6 @@ from sb3_flow.common.flow import (
     squared_error,
     to_action,
 )
-from sb3_flow.common.optimizers import clip_grad_norm
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
@@ -542,7 +541,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         loss.backward()
         # Clip grad norm
         max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = clip_grad_norm(self.policy.parameters(), max_grad_norm)
+        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         if not th.isfinite(grad_norm):
             policy_loss, value_loss, bounds_loss = (
                 statistics[name].item() for name in ("policy_gradient_loss", "value_loss", "bounds_loss")
