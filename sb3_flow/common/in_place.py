@@ -43,9 +43,9 @@ def _class_attributes(kind: type) -> frozenset[str]:
     return frozenset(dir(kind))
 
 
-def hidden_attributes(module: nn.Module) -> frozenset[str]:
+def hidden_attributes(module: object) -> frozenset[str]:
     """
-    :param module: Module
+    :param module: Module (or any other object)
     :return: names of the methods, and whatever its class has, that are hidden by attributes of its own
     """
     kind: Any = type(module)  # (a class is hashable, which mypy does not see of a class of modules)

@@ -188,7 +188,7 @@ class FlowNetwork(nn.Module):
         from_features = nn.functional.linear(features, weight_features, self.input_layer.bias)
 
         def from_features_and_times(times: list[float]) -> tuple[th.Tensor, ...]:
-            embedding = self.timestep_embedding(features.new_tensor(times).clamp(earliest, latest))
+            embedding = self.timestep_embedding(_to_tensor(times, features).clamp(earliest, latest))
             return (from_features + nn.functional.linear(embedding, weight_t).unsqueeze(1)).unbind()
 
         grid = sampler_grid(n_flow_steps)
@@ -265,6 +265,13 @@ class FlowNetwork(nn.Module):
 
 # A subclass is something else
 PLAIN.update({kind: methods_of(kind)(kind) for kind in (TimestepEmbedding, FlowNetwork)})
+
+
+def _to_tensor(times: list[float], like: th.Tensor) -> th.Tensor:
+    if like.is_cuda and not th.compiler.is_compiling() and th.cuda.is_current_stream_capturing():
+        # What comes from the host is waited for, which a captured stream cannot be
+        return th.stack([like.new_full((), t) for t in times])
+    return like.new_tensor(times)
 
 
 def lecun_uniform_init(module: nn.Module) -> None:
@@ -397,7 +404,7 @@ class ImpalaCNN(BaseFeaturesExtractor):
                 nn.Conv2d(channels, n_filters, 3, padding=1),
                 # As in JAX: to half the size, rounded up. An odd size is padded at both ends, an even one at the end only
                 nn.MaxPool2d(3, stride=2, padding=(height % 2, width % 2), ceil_mode=True),
-                _Residual(n_filters),
+                Residual(n_filters),
             ]
             channels, height, width = n_filters, (height + 1) // 2, (width + 1) // 2
         self.cnn = nn.Sequential(*stages, nn.ReLU(), nn.Flatten())
@@ -408,7 +415,13 @@ class ImpalaCNN(BaseFeaturesExtractor):
         return self.linear(self.cnn(observations))
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """
+    Residual block of :class:`ImpalaCNN`.
+
+    :param n_filters: Number of channels
+    """
+
     def __init__(self, n_filters: int):
         super().__init__()
         convolutions = [nn.Conv2d(n_filters, n_filters, 3, padding=1) for _ in range(2)]

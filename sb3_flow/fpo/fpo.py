@@ -13,8 +13,19 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from sb3_flow.common.checks import DECAY, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, check_floats, to_bool, to_float, to_int
+from sb3_flow.common.cuda_graphs import (
+    CapturedUpdate,
+    Graphs,
+    clone,
+    copy_into,
+    find_obstacle,
+    global_state,
+    has_replaced_methods,
+    layout,
+)
 from sb3_flow.common.flow import (
     LOSS_REDUCTIONS,
     MC_SAMPLINGS,
@@ -35,6 +46,11 @@ from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPo
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")
 
+#: What the captured graph of an update depends on (beside the policy and its optimizer)
+IN_GRAPH = (
+    "ent_coef", "vf_coef", "max_grad_norm", "bounds_loss_coef", "supervision", "loss_reduction", "ratio_type", "trust_region",
+    "cfm_loss_clip", "log_ratio_clip", "normalize_advantage", "positive_advantage", "target_kl",
+)  # fmt: skip
 #: What arguments that are floats may be, which of them may be None, and which functions of the progress.
 FLOATS = dict(
     learning_rate=NOT_NEGATIVE, gamma=FRACTION, gae_lambda=FRACTION, clip_range=NOT_NEGATIVE, clip_range_vf=POSITIVE,
@@ -176,6 +192,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
     :param target_kl: Limit the pseudo-KL divergence between updates: the mean squared difference between the
         noise that the old and the current policy predict (FPO++).
         By default, there is no limit.
+    :param compile: On CUDA, run each forward pass of a rollout, and each update, as one captured graph: the same numbers, but
+        for rounding. What cannot be captured (``target_kl``, networks and optimizers of your own, ...) runs as without it,
+        with a warning that names it. It makes no difference on a CPU, nor to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -231,6 +250,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         target_kl: float | None = None,
+        compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -287,6 +307,8 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         self.ema_start = ema_start
         self._n_iterations = 0
         self.target_kl = target_kl
+        self.compile = compile
+        self._graphs = Graphs()
         # Not checked with the others: rl-zoo3 loads models that will not train with one of zero
         first_clip_range = to_float("clip_range", clip_range(1.0) if callable(clip_range) else clip_range, POSITIVE)
         log_ratio_clip = None if log_ratio_clip is None else to_float("log_ratio_clip", log_ratio_clip, POSITIVE)
@@ -314,7 +336,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
             # The error of SB3's PPO
             assert not self.clip_range_vf <= 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
         check_floats(self, FLOATS, OPTIONAL, SCHEDULES)
-        for name in ("normalize_advantage", "positive_advantage"):
+        for name in ("normalize_advantage", "positive_advantage", "compile"):
             setattr(self, name, to_bool(name, getattr(self, name)))
 
         # Sanity check, otherwise it will lead to noisy gradient and NaN
@@ -357,6 +379,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
 
         if self.ema_decay is not None:
             self.policy.create_ema(self.ema_decay)
+        self.policy.captures_forward = self.compile
 
     def save(
         self,
@@ -377,6 +400,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         if "ema_decay" in self.policy_kwargs:
             self.policy_kwargs["ema_decay"] = self.ema_decay
         super().save(path, exclude, include)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_graphs"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -404,6 +430,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
 
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
+        updates = self._captured_updates(rollout, old, clip_ranges) if self.compile else None
         # One for each minibatch
         statistics: list[dict[str, th.Tensor]] = []
         continue_training = True
@@ -412,6 +439,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
             n_before = len(statistics)
             # Do a complete pass on the rollout
             for indices in self._epoch_minibatches(epoch, len(rollout.actions)):
+                if updates is not None:
+                    statistics.append(updates(indices))
+                    continue
                 # (the pseudo-KL divergence is that of the last epoch in the logs)
                 needs_kl = self.target_kl is not None or epoch == self.n_epochs - 1
                 loss, values = self._losses(rollout.select(indices), old.select(indices), clip_ranges, needs_kl)
@@ -427,6 +457,8 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
             if not continue_training:
                 break
 
+        if updates is not None:
+            self._check_finite()
         # The moving average follows once per iteration
         if self.policy.ema is not None:
             self.policy.update_ema(restart=self._n_iterations < self.ema_start)
@@ -537,20 +569,61 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         :param statistics: What is logged of it
         :raises ValueError: if the gradient is not finite, before it changes the weights
         """
+        if not th.isfinite(self._backward(loss)):
+            raise ValueError(_not_finite({name: value.item() for name, value in statistics.items()}))
+        self.policy.optimizer.step()
+
+    def _backward(self, loss: th.Tensor) -> th.Tensor:
+        """
+        :param loss: Of a minibatch
+        :return: norm of its gradient, before the clipping
+        """
         self.policy.optimizer.zero_grad()
         loss.backward()
         # Clip grad norm
         max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
-        if not th.isfinite(grad_norm):
-            policy_loss, value_loss, bounds_loss = (
-                statistics[name].item() for name in ("policy_gradient_loss", "value_loss", "bounds_loss")
-            )
-            raise ValueError(
-                f"The gradient is not finite (policy loss: {policy_loss}, value loss: {value_loss}, "
-                f"bounds loss: {bounds_loss}): training stopped before it reached the weights"
-            )
-        self.policy.optimizer.step()
+        return th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
+
+    def _captured_updates(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> "CapturedUpdates | None":
+        """
+        :param rollout: The rollout
+        :param old: The same under the policy that collected it
+        :param clip_ranges: Sizes of the trust regions
+        :return: updates of the policy in graphs, None if there are none
+        """
+        graphs, policy = self._graphs, self.policy
+        key = (
+            [getattr(self, name) for name in IN_GRAPH],
+            layout((rollout, old)),
+            clip_ranges.value is None,
+            global_state(),
+            has_replaced_methods(self, FPO),
+        )
+        if not graphs.is_current(key, policy, policy.optimizer):
+            graphs.restart(self._find_obstacle(), key, policy, policy.optimizer)
+        if graphs.obstacle is not None:
+            return None
+        if "updates" not in graphs:
+            graphs["updates"] = CapturedUpdates(self, rollout, old)
+        updates = graphs["updates"]
+        updates.set_inputs(rollout, old, clip_ranges)
+        return updates
+
+    def _find_obstacle(self) -> str | None:
+        if has_replaced_methods(self, FPO):
+            return f"{type(self).__name__} is an algorithm of its own"
+        if self.target_kl is not None:
+            return "`target_kl` is decided between the gradient and the step"
+        if self.bounds_loss_coef != 0 and not self.policy.squash_output:
+            return "`bounds_loss_coef` without `squash_output` waits for the device"
+        if type(self.policy) not in self.policy_aliases.values():
+            return f"{type(self.policy).__name__} is a policy of its own"
+        return find_obstacle(self.policy, [type(self.policy), AveragedModel], self.policy.optimizer)
+
+    def _check_finite(self) -> None:
+        failure = self._graphs.failure()
+        if failure is not None:
+            raise ValueError(_not_finite(failure))
 
     def _record_statistics(self, statistics: list[dict[str, th.Tensor]], n_last_epoch: int) -> None:
         """
@@ -715,3 +788,61 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+
+class CapturedUpdates:
+    """
+    Updates with minibatches of a rollout, as graphs of tensors that stay where they are: one for each size of a minibatch.
+
+    :param model: The model
+    :param rollout: The rollout
+    :param old: The same under the policy that collected it
+    """
+
+    def __init__(self, model: FPO, rollout: FlowRollout, old: OldPolicy):
+        self.model = model
+        self.rollout, self.old = clone(rollout), clone(old)
+        device = model.device
+        self.clip_ranges = [th.zeros((), device=device) for _ in ClipRanges._fields]
+        self.order = th.arange(len(rollout.actions), device=device)
+        self.updates: dict[int, tuple[th.Tensor, CapturedUpdate]] = {}
+
+    def set_inputs(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> None:
+        """
+        :param rollout: The rollout
+        :param old: The same under the policy that collected it
+        :param clip_ranges: Sizes of the trust regions
+        """
+        copy_into((self.rollout, self.old), (rollout, old))
+        for static, value in zip(self.clip_ranges, clip_ranges, strict=True):
+            static.fill_(0.0 if value is None else value)
+
+    def __call__(self, indices: slice | th.Tensor) -> dict[str, th.Tensor]:
+        """
+        :param indices: Transitions of a minibatch
+        :return: what is logged of it
+        """
+        indices = self.order[indices] if isinstance(indices, slice) else indices
+        if len(indices) not in self.updates:
+            self.updates[len(indices)] = self._create(indices)
+        static, update = self.updates[len(indices)]
+        static.copy_(indices)
+        values = update()
+        return dict(zip(update.names, values.unbind(), strict=True))
+
+    def _create(self, indices: th.Tensor) -> tuple[th.Tensor, CapturedUpdate]:
+        model, static = self.model, indices.clone()
+        clip_range, clip_range_vf = self.clip_ranges
+        clip_ranges = ClipRanges(clip_range, None if model.clip_range_vf is None else clip_range_vf)
+
+        def losses() -> tuple[th.Tensor, dict[str, th.Tensor]]:
+            return model._losses(self.rollout.select(static), self.old.select(static), clip_ranges, needs_kl=True)
+
+        guards = model._graphs.guards
+        return static, CapturedUpdate(model.policy.optimizer, losses, model._backward, model.device, guards)
+
+
+def _not_finite(statistics: dict[str, float]) -> str:
+    losses = dict(policy="policy_gradient_loss", value="value_loss", bounds="bounds_loss")
+    parts = ", ".join(f"{name} loss: {statistics[key]}" for name, key in losses.items())
+    return f"The gradient is not finite ({parts}): training stopped before it reached the weights"

@@ -24,6 +24,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sb3_flow.common.activations import is_transformed
 from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
 from sb3_flow.common.checks import DECAY, NOT_NEGATIVE, POSITIVE, to_bool, to_float, to_int, to_net_arch
+from sb3_flow.common.cuda_graphs import (
+    CAPTURED_SAMPLERS,
+    CapturedFunction,
+    Graphs,
+    clone,
+    copy_into,
+    find_obstacle,
+    global_state,
+    layout,
+)
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
@@ -152,6 +162,9 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}
         self._memory = Memory()
+        #: Whether :meth:`forward` runs as a CUDA graph where it can, see ``compile`` of :class:`FPO`
+        self.captures_forward = False
+        self._graphs = Graphs()
 
         super().__init__(
             observation_space,
@@ -402,12 +415,10 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             in place of the log probability, which a flow policy does not need
         :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
         """
-        latent_pi, values = self._latent_pi_and_values(obs)
-        self._check_action_net()
-        if deterministic:
-            actions = self._sample(self.action_net, latent_pi, deterministic)
-        else:
-            actions = self._explore(latent_pi, self._draw_noise(latent_pi))
+        in_graph = None
+        if self.captures_forward and not deterministic and not th.is_grad_enabled() and not is_transformed():
+            in_graph = self._forward_in_graph(obs)
+        actions, values = self._actions_and_values(obs, deterministic) if in_graph is None else in_graph
         # (one number tells)
         if not is_transformed() and not math.isfinite(actions.sum()):
             obs_tensors = obs.values() if isinstance(obs, dict) else [obs]
@@ -417,6 +428,40 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         # (of a Box, whose shape is not None)
         shape = cast(spaces.Box, self.action_space).shape
         return actions.reshape((-1, *shape)), values, values.new_zeros(values.shape[0])
+
+    def _actions_and_values(self, obs: PyTorchObs, deterministic: bool) -> tuple[th.Tensor, th.Tensor]:
+        latent_pi, values = self._latent_pi_and_values(obs)
+        self._check_action_net()
+        if deterministic:
+            return self._sample(self.action_net, latent_pi, deterministic), values
+        return self._explore(latent_pi, self._draw_noise(latent_pi)), values
+
+    def _forward_in_graph(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor] | None:
+        """
+        :param obs: Observation
+        :return: raw actions and values, None if there is no graph for it
+        """
+        graphs, key = self._graphs, global_state()
+        if not graphs.is_current(key, self):
+            graphs.restart(self._find_obstacle(), key, self)
+        if graphs.obstacle is not None:
+            return None
+        name = (tuple(obs) if isinstance(obs, dict) else None, layout(obs))
+        if name not in graphs:
+            static = clone(obs)
+            function = CapturedFunction(lambda: th.cat(self._actions_and_values(static, False), dim=1), self.device)
+            graphs[name] = static, function
+        static, function = graphs[name]
+        copy_into(static, obs)
+        result = function().clone()
+        return result[:, :-1], result[:, -1:]
+
+    def _find_obstacle(self) -> str | None:
+        if type(self) not in (FlowPolicy, FlowCnnPolicy, FlowMultiInputPolicy):
+            return f"{type(self).__name__} is a policy of its own"
+        if self.sampler not in CAPTURED_SAMPLERS:
+            return f'the sampler "{self.sampler}" waits for the device'
+        return find_obstacle(self, [type(self), AveragedModel])
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

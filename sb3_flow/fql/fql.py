@@ -28,6 +28,19 @@ from torch.nn import functional as F
 from sb3_flow.common.bounds import middle_and_half_range
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
 from sb3_flow.common.checks import FRACTION, NOT_NEGATIVE, check_floats, to_bool, to_int
+from sb3_flow.common.cuda_graphs import (
+    CAPTURED_SAMPLERS,
+    CapturedUpdate,
+    Graphs,
+    attributes_state,
+    clone,
+    copy_into,
+    find_obstacle,
+    global_state,
+    has_replaced_methods,
+    in_parallel,
+    layout,
+)
 from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.save_load import CheckedLoad
@@ -38,6 +51,8 @@ SelfFQL = TypeVar("SelfFQL", bound="FQL")
 
 #: What arguments that are floats may be.
 FLOATS = dict(learning_rate=NOT_NEGATIVE, alpha=NOT_NEGATIVE, tau=FRACTION, gamma=FRACTION, random_crop_probability=FRACTION)
+#: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
+IN_GRAPH = ("alpha", "q_agg", "normalize_q_loss", "gamma", "tau")
 #: How the critics are put together.
 Q_AGGREGATIONS = ("mean", "min")
 # The authors keep the actions of the dataset just inside of the bounds
@@ -96,6 +111,10 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
     :param random_crop: Padding of the random crops that images are augmented with, in pixels
         (the authors use 3), no augmentation if 0
     :param random_crop_probability: Share of the batches that are augmented
+    :param compile: On CUDA, run each update (and the drawing of its batch, if it is from the dataset only) as one captured
+        graph: the same numbers, but for rounding. Offline the device is then waited for, and losses are recorded, when logs
+        are written. What cannot be captured (networks and optimizers of your own, ...) runs as without it, with a warning that
+        names it. It makes no difference on a CPU, nor to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -147,6 +166,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         use_sde: bool = False,
         random_crop: int = 0,
         random_crop_probability: float = 0.5,
+        compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -196,6 +216,8 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         self.offline_steps = offline_steps
         self.random_crop = random_crop
         self.random_crop_probability = random_crop_probability
+        self.compile = compile
+        self._graphs = Graphs()
         self.dataset_kwargs = dataset_kwargs or {}
         #: Name of the dataset, to load it again. None if it was given as arrays.
         self.dataset: Any = None
@@ -230,7 +252,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         else:
             self.train_freq = to_int("train_freq", self.train_freq, at_least=1)
         check_floats(self, FLOATS, schedules=("learning_rate",))
-        for name in ("normalize_q_loss", "balanced_sampling"):
+        for name in ("normalize_q_loss", "balanced_sampling", "compile"):
             setattr(self, name, to_bool(name, getattr(self, name)))
         assert isinstance(self.action_space, spaces.Box)
         if (
@@ -376,10 +398,12 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         :param batch_size: Minibatch size
         :raises ValueError: if a loss is not finite, before it changes the weights
         """
-        # Switch to train mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(True)
         # Update optimizer learning rate
         self._update_learning_rate(self.policy.optimizer)
+        if self.compile and gradient_steps > 0 and self._train_in_graph(gradient_steps, batch_size):
+            return
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
 
         logged = []
         for _ in range(gradient_steps):
@@ -391,20 +415,145 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
             self._optimization_step(loss)
 
         self._n_updates += gradient_steps
-
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, value in zip(values, np.mean(logged, axis=0), strict=True):
+        self._record_losses(values, logged)
+
+    def _record_losses(self, names: Iterable[str], losses: list[list[float]]) -> None:
+        for name, value in zip(names, np.mean(losses, axis=0), strict=True):
             self.logger.record(f"train/{name}", float(value))
 
     def _optimization_step(self, loss: th.Tensor) -> None:
         """:param loss: Of a batch"""
-        self.policy.optimizer.zero_grad()
-        loss.backward()
+        self._backward(loss)
         # The target network follows the weights from before the update, as in the authors' code
         polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
         # Copy running stats, see SB3's GH issue #996
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self.policy.optimizer.step()
+
+    def _backward(self, loss: th.Tensor) -> None:
+        """:param loss: Of a batch"""
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+
+    def _train_in_graph(self, gradient_steps: int, batch_size: int) -> bool:
+        """
+        :meth:`train` with captured updates, which are queued: nothing is waited for.
+
+        :param gradient_steps: Number of updates
+        :param batch_size: Minibatch size
+        :return: whether there is a graph for them
+        """
+        values = []
+        for _ in range(gradient_steps):
+            samples = self._samples_in_graph()
+            if not self._has_graphs(samples, batch_size):
+                # (nor has it had any before)
+                return False
+            update = self._captured_update(None if samples else self._sample(batch_size), batch_size)
+            values.append(update())
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self._graphs.unread = update.names, values
+        if not self._graphs.is_queue:
+            self._wait_for_graphs()
+        return True
+
+    def _samples_in_graph(self) -> bool:
+        """Whether a batch is drawn from the dataset only, by the device, and nothing that is done to it depends on chance."""
+        buffer = self.offline_buffer
+        return (
+            type(buffer) is OfflineBuffer
+            and buffer.storage_device == buffer.device == self.device
+            and (self._only_clones or self._n_online() == 0)
+            and self.random_crop == 0
+            and self._vec_normalize_env is None
+        )
+
+    def _has_graphs(self, samples: bool, batch_size: int) -> bool:
+        """
+        :param samples: Whether the batch is drawn in them
+        :param batch_size: Number of transitions
+        :return: whether updates are captured. Those that cannot be replayed any more are forgotten.
+        """
+        graphs, policy = self._graphs, self.policy
+        key = (
+            [getattr(self, name) for name in IN_GRAPH],
+            (self.actor, self.bc_flow, self.critic, self.critic_target),
+            self._reward_arguments,
+            self._only_clones,
+            (batch_size, attributes_state(self.offline_buffer)) if samples else None,
+            global_state(),
+            has_replaced_methods(self, FQL),
+        )
+        if not graphs.is_current(key, policy, policy.optimizer):
+            # (there may only have been an evaluation)
+            policy.set_training_mode(True)
+            if not graphs.is_current(key, policy, policy.optimizer):
+                self._wait_for_graphs()
+                graphs.restart(self._find_obstacle(), key, policy, policy.optimizer)
+        return graphs.obstacle is None
+
+    def _captured_update(self, batch: ReplayBufferSamples | DictReplayBufferSamples | None, batch_size: int) -> CapturedUpdate:
+        """
+        :param batch: Transitions, None to draw them in the graph
+        :param batch_size: Number of transitions
+        :return: an update of all networks in a graph
+        """
+        graphs = self._graphs
+        name = None if batch is None else (*(column is None for column in batch), layout(batch))
+        if name not in graphs:
+            static = clone(batch)
+
+            def losses() -> tuple[th.Tensor, dict[str, th.Tensor]]:
+                if static is not None:
+                    return self._losses(static)
+                assert self.offline_buffer is not None
+                return self._losses(self._prepare(self.offline_buffer.sample(batch_size)))
+
+            graphs[name] = static, CapturedUpdate(
+                self.policy.optimizer, losses, self._backward, self.device, graphs.guards, self._update_target
+            )
+        static, update = graphs[name]
+        if static is not None:
+            copy_into(static, batch)
+        return update
+
+    def _update_target(self, is_finite: th.Tensor) -> None:
+        """
+        Polyak update, as in :meth:`_optimization_step`.
+
+        :param is_finite: One, or zero for none
+        """
+        with th.no_grad():
+            targets: list[th.Tensor] = [*self.critic_target.parameters()]
+            parameters: list[th.Tensor] = [*self.critic.parameters()]
+            changes = [*th._foreach_sub(parameters, targets)]
+            th._foreach_mul_(changes, self.tau * is_finite)
+            th._foreach_add_(targets, changes)
+
+    def _find_obstacle(self) -> str | None:
+        if has_replaced_methods(self, FQL):
+            return f"{type(self).__name__} is an algorithm of its own"
+        if self.bc_flow.sampler not in CAPTURED_SAMPLERS:
+            return f'the sampler "{self.bc_flow.sampler}" waits for the device'
+        if type(self.policy) not in self.policy_aliases.values():
+            return f"{type(self.policy).__name__} is a policy of its own"
+        if (self.actor, self.bc_flow, self.critic, self.critic_target) != tuple(self.policy.children()):
+            return "the networks of the policy were replaced"
+        return find_obstacle(self.policy, [type(self.policy), OneStepActor, BCFlow, EnsembleCritic], self.policy.optimizer)
+
+    def _wait_for_graphs(self) -> None:
+        """
+        Wait for the updates that are queued, and record their losses.
+
+        :raises ValueError: if one of them was not finite: neither it nor those after it changed the weights
+        """
+        failure, self._graphs.unread, (names, values) = self._graphs.failure(), ((), []), self._graphs.unread
+        if failure is not None:
+            raise ValueError(_not_finite(failure))
+        if values:
+            self._record_losses(names, th.stack(values).tolist())
 
     def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
@@ -416,12 +565,14 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         if self._only_clones:
             bc_flow_loss, (distill_loss, _) = self._bc_flow_loss(batch), self._actor_losses(batch)
             return bc_flow_loss + distill_loss, dict(bc_flow_loss=bc_flow_loss, distill_loss=distill_loss)
-        # Critic: TD learning with the actions of the one-step policy
-        critic_loss, q_values = self._critic_loss(batch)
-        # Flow: behavioral cloning
-        bc_flow_loss = self._bc_flow_loss(batch)
-        # One-step policy: value maximisation and distillation of the flow
-        distill_loss, q_loss = self._actor_losses(batch)
+        (critic_loss, q_values), bc_flow_loss, (distill_loss, q_loss) = in_parallel(
+            # Critic: TD learning with the actions of the one-step policy
+            lambda: self._critic_loss(batch),
+            # Flow: behavioral cloning
+            lambda: self._bc_flow_loss(batch),
+            # One-step policy: value maximisation and distillation of the flow
+            lambda: self._actor_losses(batch),
+        )
         return critic_loss + bc_flow_loss + self.alpha * distill_loss + q_loss, dict(
             critic_loss=critic_loss,
             bc_flow_loss=bc_flow_loss,
@@ -462,10 +613,25 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         :return: distillation loss and Q term of the one-step policy
         """
         noise = th.randn_like(batch.actions)
+        (actions, q_values), flow_actions = in_parallel(
+            lambda: self._actions_and_values(batch, noise), lambda: self.bc_flow.sample(batch.observations, noise)
+        )
         # The flow's action is clipped, the policy's is not: it is pulled back inside
-        actions = self.actor.unclipped_actions(batch.observations, noise)
-        distill_loss = F.mse_loss(actions, self.bc_flow.sample(batch.observations, noise))
+        distill_loss = F.mse_loss(actions, flow_actions)
+        q_loss = -q_values.mean()
+        if self.normalize_q_loss:
+            q_loss = q_loss / q_values.detach().abs().mean()
+        return distill_loss, q_loss
 
+    def _actions_and_values(
+        self, batch: ReplayBufferSamples | DictReplayBufferSamples, noise: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param batch: Transitions
+        :param noise: (batch, action_dim)
+        :return: actions of the one-step policy, not clipped, (batch, action_dim), and their values, (batch,)
+        """
+        actions = self.actor.unclipped_actions(batch.observations, noise)
         # The critics are held fixed (some of their parameters may be anyway)
         trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -473,10 +639,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
         for parameter in trained:
             parameter.requires_grad_(True)
-        q_loss = -q_values.mean()
-        if self.normalize_q_loss:
-            q_loss = q_loss / q_values.detach().abs().mean()
-        return distill_loss, q_loss
+        return actions, q_values
 
     def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
         """
@@ -582,17 +745,22 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
 
         continue_training = True
-        while self.num_timesteps < total_timesteps and continue_training:
-            # The learning rate, if it is a schedule, goes over both phases
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps + self._steps_after_offline)
-            self.train(gradient_steps=1, batch_size=self.batch_size)
-            self.num_timesteps += 1
-            self._n_offline_updates += 1
-            callback.update_locals(locals())
-            continue_training = callback.on_step()
-            if log_interval is not None and self.num_timesteps % log_interval == 0:
-                self.dump_logs()
+        self._graphs.is_queue = True
+        try:
+            while self.num_timesteps < total_timesteps and continue_training:
+                # The learning rate, if it is a schedule, goes over both phases
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps + self._steps_after_offline)
+                self.train(gradient_steps=1, batch_size=self.batch_size)
+                self.num_timesteps += 1
+                self._n_offline_updates += 1
+                callback.update_locals(locals())
+                continue_training = callback.on_step()
+                if log_interval is not None and self.num_timesteps % log_interval == 0:
+                    self.dump_logs()
+        finally:
+            self._graphs.is_queue = False
 
+        self._wait_for_graphs()
         callback.on_training_end()
         return continue_training
 
@@ -708,6 +876,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         """
         Write log data, with the losses of what is held out for validation. Training does not depend on them.
         """
+        self._wait_for_graphs()
         if self.validation_buffer is not None:
             training = self.policy.training
             self.policy.set_training_mode(False)
@@ -732,12 +901,13 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        self._wait_for_graphs()
         # The policy is created from its arguments again
         self.policy_kwargs = self.policy_kwargs | self.policy.changed_sampler
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["actor", "bc_flow", "critic", "critic_target", "offline_buffer", "validation_buffer"]
+        excluded = ["_graphs", "actor", "bc_flow", "critic", "critic_target", "offline_buffer", "validation_buffer"]
         # Arrays that a loaded model has not been trained on yet
         excluded += ["dataset"] if dataset_name(self.dataset) is None else []
         return [*super()._excluded_save_params(), *excluded]
