@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,8 +23,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-#: What ``torchrun`` tells a process about the others
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: How long a process tries to reach the others in the beginning, or ``torchrun``, which then waits for them
+WAIT_TO_BEGIN = timedelta(minutes=2)
 #: How long the others wait for one that evaluates. That one is dead is known at once
 TIMEOUT = timedelta(days=1)
 #: Where one that stops tells the others why
@@ -64,16 +65,16 @@ class _Groups(NamedTuple):
 
 
 _groups: _Groups | None = None
-_is_alone = False
+_is_alone = ContextVar("_is_alone", default=False)
 
 
 def world_size() -> int:
     """:return: number of processes that train together"""
-    if _is_alone or not dist.is_available():
+    if _is_alone.get() or not dist.is_available():
         return 1
     if dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ["WORLD_SIZE"]) if all(map(os.environ.get, ENVIRONMENT)) else 1
+    return int(os.environ["WORLD_SIZE"]) if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") else 1
 
 
 def rank() -> int:
@@ -86,12 +87,11 @@ def rank() -> int:
 @contextmanager
 def alone() -> Iterator[None]:
     """What is computed in the body is that of this process."""
-    global _is_alone
-    former, _is_alone = _is_alone, True
+    token = _is_alone.set(True)
     try:
         yield
     finally:
-        _is_alone = former
+        _is_alone.reset(token)
 
 
 def share(name: str, whole: int) -> int:
@@ -124,8 +124,7 @@ def _group(device: th.device) -> Any:
     if not dist.is_initialized():
         if _groups is not None:
             raise RankError("the processes have left each other")
-        with _peers():
-            dist.init_process_group("gloo")
+        _join()
         atexit.register(_leave)
     if _groups is None or _groups.world is not dist.group.WORLD:
         with _peers():
@@ -139,6 +138,19 @@ def _group(device: th.device) -> Any:
         with _peers():
             _groups.cuda.append(dist.new_group(backend="nccl") if has_own else _groups.cpu)
     return _groups.cuda[0]
+
+
+def _join() -> None:
+    """Meet the other processes, where ``torchrun`` tells in the environment."""
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=WAIT_TO_BEGIN))
+    except (RuntimeError, ValueError) as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise RankError(f"the other processes were not found, with {environment}: {str(error).splitlines()[0]}") from error
+    store.set_timeout(dist.constants.default_pg_timeout)
+    with _peers():
+        dist.init_process_group("gloo", store=store, rank=number, world_size=size)
 
 
 @contextmanager
@@ -167,7 +179,10 @@ def tells(error: RankError) -> bool:
     :param error: What has ended this process
     :return: whether it is this one that prints so: rank 0, or the first one that notices that another was killed
     """
-    if error.reason is not None or _groups is None:
+    if _groups is None:
+        # They have not met
+        return True
+    if error.reason is not None:
         return rank() == 0
     with suppress(RuntimeError):
         return _groups.store.add(f"{STOPPED}/told", 1) == 1

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import gymnasium as gym
@@ -157,12 +158,12 @@ def state(model, callback):
     )
 
 
-def learn_fpo(n_timesteps=512, **kwargs):
+def learn_fpo(n_timesteps=512, stop_at=np.inf, **kwargs):
     env = VecNormalize(make_vec_env("Pendulum-v1", 2, env_kwargs=dict(max_episode_steps=100)))
     kwargs = (
         dict(n_steps=64, batch_size=64, n_epochs=2, seed=3, device="cpu", ent_coef=0.01, ema_decay=0.9, ema_start=1) | kwargs
     )
-    model, callback = FPO("MlpPolicy", env, **kwargs), Record()
+    model, callback = FPO("MlpPolicy", env, **kwargs), Record(stop_at)
     if distributed.rank() > 0:
         # Whatever has happened before
         with th.no_grad():
@@ -201,6 +202,7 @@ def scenarios(folder):
     results |= {("fql", name): fql_update(config, rank) for name, config in FQL_CONFIGS.items()}
 
     results["learn"], results["again"] = learn_fpo(), learn_fpo()
+    results["stopped in a rollout"] = learn_fpo(stop_at=300)
 
     callback = Record(stop_at=300)
     # (evaluations and checkpoints are those of rank 0)
@@ -346,7 +348,7 @@ def test_learning(ranks):
 
 
 def test_callback_of_one_stops_all(ranks):
-    for phase, n_timesteps in (("stopped", 300), ("offline", 30)):
+    for phase, n_timesteps in (("stopped", 300), ("stopped in a rollout", 300), ("offline", 30)):
         first, second = (results[phase] for results in ranks)
         assert first["num_timesteps"] == second["num_timesteps"] == n_timesteps
         assert_equal(first["weights"], second["weights"])
@@ -385,6 +387,31 @@ def test_one_process_is_as_without():
     values = th.randn(10)
     assert distributed.mean(values) is values and distributed.share("n", 7) == 7 and distributed.broadcast(values) is values
     assert th.equal(distributed.normalize(values), (values - values.mean()) / (values.std() + 1e-8))
+
+
+@pytest.mark.parametrize(
+    "where, text",
+    [
+        (dict(MASTER_ADDR="localhost", MASTER_PORT="0"), "MASTER_ADDR=localhost.* 1/2 clients joined"),
+        (dict(), "MASTER_ADDR=None.* MASTER_ADDR expected"),
+    ],
+)
+def test_no_others(monkeypatch, where, text):
+    """The environment tells of others, who do not come: neither an endless wait nor a training alone."""
+    for name, value in dict(RANK="0", WORLD_SIZE="2", **where).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "WAIT_TO_BEGIN", timedelta(seconds=1))
+    with pytest.raises(RankError, match=f"not found, with RANK=0, WORLD_SIZE=2, {text}"):
+        distributed.gather(None)
+    assert not th.distributed.is_initialized()
+
+
+def test_alone_though_launched(monkeypatch):
+    """By torchrun with one process."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, value)
+    FPO("MlpPolicy", make_vec_env("Pendulum-v1"), n_steps=16, batch_size=16, device="cpu").learn(16)
+    assert distributed.world_size() == 1 and not th.distributed.is_initialized()
 
 
 @pytest.mark.slow

@@ -125,7 +125,9 @@ def learns_together(learn: F) -> F:
     @functools.wraps(learn)
     def learn_together(self: "DistributedAlgorithm", *args, **kwargs):
         if world_size() == 1:
-            return learn(self, *args, **kwargs)
+            # (it need not be asked again for each minibatch)
+            with distributed.alone():
+                return learn(self, *args, **kwargs)
         _, n_steps, *_ = inspect.signature(learn).bind(self, *args, **kwargs).arguments.values()
         with distributed.together():
             self._begin_together(n_steps)
@@ -285,6 +287,9 @@ class DistributedAlgorithm(BaseAlgorithm):
                 "training changes them, or the processors do not compute the same"
             )
             self._take_state_of_rank_zero()
+        if n_stopped > 0:
+            # It may have been before the end of the rollout, where the others are
+            self.num_timesteps = distributed.broadcast(self.num_timesteps)
         self._episode_num = mine.n_episodes + int(n_episodes)
         if n_infos > 0:
             everyones = distributed.gather((mine.episodes, mine.successes))
