@@ -24,7 +24,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_flow import FPO, FQL, distributed
-from sb3_flow.common import distributed_algorithm
 from sb3_flow.distributed import RankError
 from sb3_flow.fpo import fpo as fpo_module
 
@@ -235,7 +234,7 @@ def scenarios(folder):
     results["both"] = state(make_fql(**options).learn(200, callback=callback), callback)
 
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.warns(UserWarning, match="no longer the same"):
-        monkeypatch.setattr(distributed_algorithm, "CHECK_EVERY", 1)
+        monkeypatch.setattr(FPO, "_check_every", 1)
         env, callback = make_vec_env("Pendulum-v1"), Drift()
         model = FPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, device="cpu").learn(64, callback=callback)
     results["drift"] = state(model, callback)

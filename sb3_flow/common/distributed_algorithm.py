@@ -35,9 +35,6 @@ from torch import nn
 from sb3_flow import distributed
 from sb3_flow.distributed import rank, running_statistics, world_size
 
-#: Number of meetings after which the processes compare their weights
-CHECK_EVERY = 20
-
 #: Callbacks that only rank 0 has
 OF_RANK_ZERO = (EvalCallback, CheckpointCallback, ProgressBarCallback)
 #: Attributes that are not hyperparameters, or need not be the same
@@ -140,6 +137,8 @@ def learns_together(learn: F) -> F:
 class DistributedAlgorithm(BaseAlgorithm):
     """An algorithm that several processes can learn with together. In one process nothing is changed."""
 
+    #: Number of meetings after which the processes compare their weights
+    _check_every = 20
     _since_last_meeting: _SinceLastMeeting | None = None
 
     def __init__(self, *args, **kwargs):
@@ -277,7 +276,7 @@ class DistributedAlgorithm(BaseAlgorithm):
             return continue_training
         # A callback may have ended the rollout before its last step
         self._merge_statistics()
-        checksum = self._checksum() if mine.number % CHECK_EVERY == 0 else 0
+        checksum = self._checksum() if mine.number % self._check_every == 0 else 0
         numbers = [not continue_training, self._episode_num - mine.n_episodes, len(mine.episodes) + len(mine.successes)]
         sums = distributed.all_reduce(th.tensor([*numbers, checksum, checksum**2], dtype=th.float64)).tolist()
         n_stopped, n_episodes, n_infos, checksums, squares = sums
@@ -338,6 +337,9 @@ class DistributedOnPolicyAlgorithm(DistributedAlgorithm, OnPolicyAlgorithm):
 
 class DistributedOffPolicyAlgorithm(DistributedAlgorithm, OffPolicyAlgorithm):
     """An off-policy algorithm that several processes can learn with together. Each has a part of the replay buffer."""
+
+    # (they meet after each update, which may take less time than to compare the weights)
+    _check_every = 1000
 
     def _setup_model(self) -> None:
         whole, self.buffer_size = self.buffer_size, -(-self.buffer_size // world_size())
