@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch as th
 import torch.multiprocessing as mp
@@ -522,6 +523,24 @@ def test_killed_rank_zero(in_an_empty_folder):
     assert FPO.load(RUN / "Pendulum-v1.zip").num_timesteps >= 4096
     assert len(list(RUN.glob("rl_model_*_steps.zip"))) > checkpoints
     assert yaml.unsafe_load((RUN / "Pendulum-v1" / "config.yml").read_text())["n_envs"] == 4
+
+
+@pytest.mark.slow
+def test_envpool(in_an_empty_folder):
+    """Each rank has a Monitor file of all of its environments, also when the run is resumed."""
+    pytest.importorskip("envpool", reason='needs pip install "sb3-flow[envpool]"')
+    train, folder = ["train", "--algo", "fpo", "--env", "HalfCheetah-v5"], Path("logs/fpo/HalfCheetah-v5_1")
+    params = ["-params", "n_envs:4", "batch_size:500", "n_epochs:1", "n_steps:1000"]
+    for args in (["--vec-env", "envpool", "-n", 4000, "--seed", 1, "--num-threads", 1, *params], ["--resume", "-n", 8000]):
+        agent = torchrun(*train, *args, "--eval-freq", -1)
+        output = agent.communicate(timeout=200)[0]
+        assert agent.returncode == 0, output
+    paths = [folder / f"{prefix}{rank}.monitor.csv" for prefix in ("", "before_1.") for rank in range(N_RANKS)]
+    assert set(folder.glob("*.monitor.csv")) == set(paths)
+    # One episode of each environment, none of which is as another
+    rewards = [pd.read_csv(path, skiprows=1)["r"].tolist() for path in paths]
+    assert np.shape(rewards) == (len(paths), 2) and len(np.unique(rewards)) == 2 * len(paths)
+    assert FPO.load(folder / "HalfCheetah-v5.zip").num_timesteps == 8000
 
 
 @pytest.mark.slow
