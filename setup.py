@@ -9,6 +9,10 @@ extras = {
     "mujoco": ["gymnasium[mujoco]", "mujoco>=3.17,<4"],
     "dmc": ["shimmy[dm-control]>=2.0.1,<3", "dm_control<=1.0.50", "mujoco>=3.17,<4"],
     "box2d": ["gymnasium[box2d]"],
+    # Elsewhere there is no wheel, or one that is too old, and everything else works
+    "envpool": [
+        "envpool>=1.2.5,<2; python_version >= '3.11' and (sys_platform != 'darwin' or platform_machine == 'arm64')",
+    ],
     # rl-zoo3 needs pandas at the end of an optimisation, plotly for its figures, and moviepy and pygame for videos
     "zoo": ["rl_zoo3>=2.9.0,<3", "optuna>=4.9", "filelock", "pandas", "plotly", "tqdm", "rich", "moviepy", "pygame-ce"],
     # A search of several machines

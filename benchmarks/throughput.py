@@ -11,6 +11,9 @@ mathematics needs would take at the rate this machine multiplies two matrices of
   fql       one gradient step of FQL, and of SB3's SAC and TD3 at the same width, batch 256
             (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX);
             "medium" is with products of bfloat16, for all of them
+  step      a step of 16 environments of EnvPool in one thread, and of the ordinary ones in DummyVecEnv, with random actions
+  envpool   learn() of FPO in EnvPool with its hyperparameters of the task, per step, against PPO's with the same rollouts,
+            minibatches, epochs and networks, and FPO's own in the ordinary environments
 
 The results, with the peak memory of each side in a process of its own, go to benchmarks/results/throughput.json, and the table
 and a plot of the ratios beside it.
@@ -31,11 +34,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from dmc import DMC, hyperparameters
 from gymnasium import spaces
 from runs import provenance
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 SHAPES = {"HalfCheetah": (17, 6), "Humanoid": (348, 17)}
+DMC_TASKS = [env_id.removeprefix("dm_control/").removesuffix("-v0") for env_id in DMC]
 #: Ratios that we hold ourselves to (of time, ours over the peer's)
 BARS = {
     "forward HalfCheetah 4x32 16": 1.5,
@@ -44,9 +49,13 @@ BARS = {
     "train Humanoid": 2.0,
     "learn HalfCheetah-v5": 1.6,
     "fql 4x512 official": 1 / 1.5,
+    **{f"step {task} DummyVecEnv": 1 / 4 for task in DMC_TASKS},
+    "envpool cheetah-run": 1.45,
+    "envpool cheetah-run DummyVecEnv": 1 / 1.25,
+    "envpool finger-turn_hard DummyVecEnv": 1 / 1.45,
 }
 NETS = {"4x32": [32] * 4, "2x256": [256] * 2, "4x512": [512] * 4}
-N_MC, N_FLOW_STEPS, BATCH = 8, 10, 256
+N_MC, N_FLOW_STEPS, BATCH, N_ENVS = 8, 10, 256, 16
 
 
 class Still(gym.Env):
@@ -217,7 +226,78 @@ def fql(net_name: str, precision: str = "highest") -> tuple[Timed, dict[str, Any
     return call(FQL), {"SAC": call(SAC), "TD3": call(TD3)}, flops * BATCH
 
 
-CASES: dict[str, Callable] = {"forward": forward, "train": train, "learn": learn, "fql": fql}
+def step(task: str) -> tuple[Timed, dict[str, Any], float]:
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from sb3_flow.envs.envpool import TASKS, make_envpool, make_ordinary
+
+    env_id, n_steps = f"dm_control/{task}-v0", 100
+    ordinary = DummyVecEnv([lambda: make_ordinary(env_id)] * N_ENVS)
+    space = ordinary.action_space
+    assert isinstance(space, spaces.Box)
+    actions = np.random.default_rng(0).uniform(space.low, space.high, (n_steps, N_ENVS, *space.shape)).astype(space.dtype)
+
+    def call(env) -> Timed:
+        env.reset()
+
+        def run() -> None:
+            for action in actions:
+                env.step(action)
+
+        return Timed(run, n_steps)
+
+    return call(make_envpool(TASKS[env_id], n_envs=N_ENVS, num_threads=1)), {"DummyVecEnv": call(ordinary)}, 0
+
+
+def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
+    import torch as th
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    from sb3_flow import FPO
+    from sb3_flow.envs.envpool import TASKS, make_envpool, make_ordinary
+
+    env_id = f"dm_control/{task}-v0"
+    settings = hyperparameters("fpo", env_id)
+    policy_kwargs = eval(settings.pop("policy_kwargs"))
+    settings["learning_rate"] = float(settings["learning_rate"].removeprefix("lin_"))
+    n_envs, policy, _, _, _ = map(settings.pop, ("n_envs", "policy", "n_timesteps", "env_wrapper", "normalize"))
+    n_steps, net_arch, n_epochs = settings["n_steps"], policy_kwargs["net_arch"], settings["n_epochs"]
+    of_ppo = ("n_steps", "batch_size", "n_epochs", "gamma", "learning_rate", "clip_range")
+
+    def call(model) -> Timed:
+        model.learn(1)
+
+        def run() -> None:
+            model.learn(2 * n_envs * n_steps, reset_num_timesteps=False)
+
+        return Timed(run, 2 * n_envs * n_steps)
+
+    def fpo(env) -> Timed:
+        env = VecNormalize(env, gamma=settings["gamma"])
+        return call(FPO(policy, env, policy_kwargs=policy_kwargs, device="cpu", seed=0, **settings))
+
+    def ppo(env) -> Timed:
+        env = VecNormalize(env, gamma=settings["gamma"])
+        kwargs: dict[str, Any] = {key: settings[key] for key in of_ppo}
+        kwargs["policy_kwargs"] = dict(net_arch=net_arch, activation_fn=th.nn.SiLU)
+        return call(PPO(policy, env, device="cpu", seed=0, **kwargs))
+
+    def pool():
+        return make_envpool(TASKS[env_id], n_envs=n_envs, num_threads=1)
+
+    env = make_ordinary(env_id)
+    obs_dim, action_dim = spaces.flatdim(env.observation_space), spaces.flatdim(env.action_space)
+    n_points = settings["n_mc_samples"] * (1 + settings["n_baseline_actions"])
+    collect = flow_flops(obs_dim, action_dim, net_arch["pi"], N_FLOW_STEPS) + mlp(obs_dim, *net_arch["vf"], 1)
+    losses = flow_flops(obs_dim, action_dim, net_arch["pi"], n_points)
+    flops = collect + losses + 3 * n_epochs * (losses + mlp(obs_dim, *net_arch["vf"], 1))
+    peers = {"PPO": ppo(pool()), "DummyVecEnv": fpo(make_vec_env(lambda: make_ordinary(env_id), n_envs))}
+    return fpo(pool()), peers, flops
+
+
+CASES: dict[str, Callable] = {"forward": forward, "train": train, "learn": learn, "fql": fql, "step": step, "envpool": envpool}
 NAMES = [
     *(f"forward {shape} {net} {n}" for shape in SHAPES for net in ("4x32", "2x256") for n in (1, 16, 256, 2048)),
     *(f"train {shape}" for shape in SHAPES),
@@ -226,6 +306,9 @@ NAMES = [
     "fql 2x256",
     "fql 4x512",
     "fql 4x512 medium",
+    *(f"step {task}" for task in DMC_TASKS),
+    "envpool cheetah-run",
+    "envpool finger-turn_hard",
 ]
 #: What PyTorch calls "medium" (th.set_float32_matmul_precision), JAX calls by its name
 JAX_PRECISIONS = {"highest": "float32", "medium": "bfloat16"}
@@ -326,7 +409,7 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
             row["name"],
             str(row["threads"]),
             f"{row['milliseconds']['ours']:.3g}",
-            f"{row['limit_milliseconds']:.3g}",
+            f"{row['limit_milliseconds']:.3g}" if row["limit_milliseconds"] else "",
             peer,
             f"{row['milliseconds'][peer]:.3g}",
             f"{ratio:.2f}",

@@ -10,6 +10,44 @@ SEARCH = "optimize --algo fpo --env Pendulum-v1 -n 64 --n-trials 1"
 AGENT = "--algo fpo --env Pendulum-v1"
 ENJOY = f"enjoy {AGENT} --no-render -n 1"
 
+IN_ENVPOOL = "train --algo fpo --env HalfCheetah-v5 --vec-env envpool -n 64 --eval-freq -1"
+BAD_INPUTS_OF_ENVPOOL: list[tuple[str, tuple[str, ...]]] = [
+    (f"{TRAIN} --vec-env envpol", ("argument --vec-env", "dummy, subproc, envpool", "did you mean 'envpool'?")),
+    # (EnvPool has one of this name)
+    (f"{TRAIN} --vec-env envpool", ("argument --vec-env", "'envpool'", "the same as Pendulum-v1")),
+    *((f"train --algo fpo -n 64 --vec-env envpool --env {env}", ("argument --vec-env", env, *texts)) for env, *texts in [
+        ("dm_control/finger-spin-v0", "stiffer", "envpool/FingerSpin-v1"),
+        ("dm_control/walker-walk-v0", "not been compared", "envpool/WalkerWalk-v1"),
+        ("dm_control/lqr-lqr_2_1-v0", "known to be the same"),
+        ("MountainCarContinuous-v0", "known to be the same"),
+    ]),
+    *((f"{command} --env envpool/CheetahRan-v1", ("argument --env", "'CheetahRan-v1'", "did you mean 'CheetahRun-v1'?"))
+      for command in ("train --algo fpo", "optimize --algo ppo", "enjoy --algo fpo", "evaluate --algo fpo",
+                      "record-video --algo fpo", "plot-flow --algo fpo")),
+    ("train --algo ppo --env envpool/Pong-v5", ("argument --env", "'Pong-v5'", "make_envpool()")),
+    ("evaluate --algo fpo --env envpool/HopperHop-v1", ("No model found", "envpool-HopperHop-v1")),
+    *((f"train --algo fpo --env envpool/CheetahRun-v1 --vec-env {vec_env}",
+       ("argument --vec-env", f"'{vec_env}'", "expected 'envpool'", "--env dm_control/cheetah-run-v0"))
+      for vec_env in ("dummy", "subproc")),
+    *((f"{IN_ENVPOOL} --env-kwargs {kwargs}", ("argument --env-kwargs", *texts)) for kwargs, *texts in [
+        ("foo:1", "foo"),
+        ("xml_file:'\"half_cheetah.xml\"'", "xml_file", "models are those of EnvPool"),
+        ("render_mode:'\"rgb_array\"'", "render_mode", "the ordinary environment renders"),
+        ("forward_reward_weight:'\"a\"'", "forward_reward_weight", "a float"),
+        ("max_episode_steps:0", "max_episode_steps"),
+    ]),
+    ("train --algo fpo --env envpool/Humanoid-v5 --env-kwargs 'healthy_z_range:(1,2)'",
+     ("argument --env-kwargs", "`healthy_z_range` is not an option of Humanoid-v5")),
+    *((f"{IN_ENVPOOL} -params {params}", ("argument -params/--hyperparams", *texts)) for params, *texts in [
+        ("env_wrapper:'\"rl_zoo3.wrappers.TimeFeatureWrapper\"'", "TimeFeatureWrapper", "FlattenObservation", "EnvPool"),
+        ("env_wrapper:'[{\"rl_zoo3.wrappers.HistoryWrapper\": dict(horizon=2)}]'", "HistoryWrapper", "EnvPool has no"),
+        ("policy:'\"MultiInputPolicy\"'", "'MultiInputPolicy'", "'MlpPolicy'", "flattened"),
+        ("'monitor_kwargs:dict(info_keywords=(\"foo\",))'", "'foo'", "x_position"),
+        ("'monitor_kwargs:dict(allow_early_resets=False)'", "allow_early_resets"),
+        ("'env_kwargs:dict(foo=1)'", "`foo` is not an option"),
+    ]),
+]  # fmt: skip
+
 #: Command line, and texts that the message has
 BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     # Commands and options
@@ -208,7 +246,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"plot-flow {AGENT} --obs 0 1 -inf", ("argument --obs", "'-inf'", "a number")),
     (f"plot-flow {AGENT} --obs 0 1 2 --steps 3", ("argument --steps", "not allowed with argument --obs")),
     # Choices
-    (f"{TRAIN} --vec-env foo", ("argument --vec-env", "'foo'", "dummy, subproc")),
+    (f"{TRAIN} --vec-env foo", ("argument --vec-env", "'foo'", "dummy, subproc, envpool")),
     (f"{TRAIN} --vec-env subprocess", ("argument --vec-env", "did you mean 'subproc'?")),
     (f"{TRAIN} --device cud", ("argument --device", "'cud'", "did you mean")),
     (f"{TRAIN} --device cuda:77", ("argument --device", "'cuda:77'", "cpu")),
@@ -225,6 +263,8 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     ("plot-train -a fpo -e Pendulum-v1 -f logs -x step", ("argument -x/--x-axis", "did you mean 'steps'?")),
     ("plot-train -a fpo -e Pendulum-v1 -f logs -y return", ("argument -y/--y-axis", "reward")),
     ("datasets inspect data.npz", ("argument action", "'inspect'", "info")),
+    # EnvPool
+    *(BAD_INPUTS_OF_ENVPOOL if importlib.util.find_spec("envpool") else []),
     # Files and folders to write
     (f"{TRAIN} --log-folder a_file", ("argument -f/--log-folder", "'a_file'")),
     (f"{TRAIN} --log-folder a_file/logs", ("argument -f/--log-folder", "a_file is a file")),

@@ -9,8 +9,11 @@ pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 pytest.importorskip("rliable", reason='needs pip install "sb3-flow[plots]"')
 
 import dmc
+import envpool_tasks
 import report
 import runs
+
+from sb3_flow.envs import envpool
 
 TASKS = ["Hopper-v5", "Ant-v5"]
 
@@ -94,3 +97,27 @@ def test_report(monkeypatch, tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "FPO is ahead on 1 of 2 tasks" in page and "**1.25**" in page and "400 ± 163" in page
     assert "FPO 16, PPO 1" in page
+
+
+def test_tasks_that_differ_are_refused():
+    """What the published comparison found is what EnvPool's tasks stand for."""
+    results = envpool_tasks.load(envpool_tasks.RESULTS)
+    assert results.keys() <= envpool_tasks.RESTORE.keys() == {*envpool.COMPARED, *envpool.MUJOCO}
+    differences = envpool_tasks.differences(results, envpool_tasks.load(envpool_tasks.SAME_MUJOCO))
+    differ = {env_id for env_id, found in differences.items() if found}
+    assert differ == results.keys() & envpool.DIFFERENT.keys()
+
+
+@pytest.mark.parametrize("env_id", ["InvertedDoublePendulum-v5", "dm_control/fish-swim-v0"])
+def test_comparison_of_simulators(monkeypatch, env_id):
+    """It tells a simulator whose time step is a thousandth longer, and no difference where there is none."""
+    pytest.importorskip("envpool", reason='needs pip install "sb3-flow[envpool]"')
+    pytest.importorskip("shimmy", reason='needs pip install "sb3-flow[dmc]"')
+    monkeypatch.setattr(envpool_tasks, "N_STEPS", 60)
+    ordinary = envpool_tasks.Ordinary(env_id)
+    same = envpool_tasks.compare_steps(ordinary, seed=0)
+    assert same["n_steps"] > 300 and same["observation"]["max"] < 1e-9 and same["n_other_ends"] == 0
+    assert same["reward"]["max"] < 1e-6
+    model, _ = ordinary.state
+    model.opt.timestep *= 1.001
+    assert envpool_tasks.compare_steps(ordinary, seed=0)["observation"]["max"] > 1e-5

@@ -126,6 +126,18 @@ def test_loss_is_that_of_the_rollout(monkeypatch, n_baseline_actions, prediction
     assert th.allclose(values.flatten(), rollout.old_values, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 4), (5, 1, 4), (5, 3, 1), (5, 1, 1), (1, 1, 4)])
+@pytest.mark.parametrize("hook", [False, True])
+def test_timesteps_broadcast(shape, hook):
+    """... to the points, also where the network is called with one for each."""
+    policy = make_model(policy_kwargs=dict(output_scale=1.0)).policy
+    obs, x_t, timesteps = th.randn(5, 3), th.randn(5, 3, 4, 1), th.rand(shape)
+    expected = policy.flow_output(obs, x_t, timesteps.expand(5, 3, 4).contiguous())
+    if hook:
+        policy.action_net.register_forward_pre_hook(lambda module, inputs: inputs)
+    assert th.allclose(policy.flow_output(obs, x_t, timesteps), expected, atol=1e-6)
+
+
 def test_raw_actions_in_the_buffer_legal_ones_in_the_env():
     class RecordActions(gym.ActionWrapper):
         actions = []

@@ -24,6 +24,7 @@ pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
 import optuna
 import rl_zoo3.enjoy
+import rl_zoo3.exp_manager
 import rl_zoo3.load_from_hub
 import rl_zoo3.train
 import rl_zoo3.utils
@@ -542,3 +543,17 @@ def test_options_of_rl_zoo3(monkeypatch, capsys, program, options):
     assert set(options) <= set(text)
     # record_video alone does not take it
     assert ("--gym-packages" in text) == (program in ("rl_zoo3.train", "rl_zoo3.enjoy"))
+
+
+def test_envs_of_one_of_several_processes(tmp_path):
+    """Their Monitor files have other names than those of the first one."""
+
+    def monitor_files():
+        rl_zoo3.exp_manager.make_vec_env("Pendulum-v1", 2, monitor_dir=str(tmp_path)).close()
+        return sorted(path.name for path in tmp_path.glob("*.monitor.csv"))
+
+    assert "start_index" not in inspect.getsource(ExperimentManager.create_envs)
+    assert monitor_files() == ["0.monitor.csv", "1.monitor.csv"]
+    with patches.envs_from(2):
+        assert monitor_files() == [f"{index}.monitor.csv" for index in range(4)]
+    assert rl_zoo3.exp_manager.make_vec_env is make_vec_env

@@ -461,7 +461,7 @@ def test_help(monkeypatch, capsys):
 
 def test_imports_are_lazy():
     """Importing the package must not import what only some of its parts need."""
-    heavy = ["rl_zoo3", "dm_control", "ogbench", "minari", "matplotlib.pyplot", "optuna"]
+    heavy = ["rl_zoo3", "dm_control", "envpool", "ogbench", "minari", "matplotlib.pyplot", "optuna"]
     code = f"import sb3_flow, sys; print([name for name in {heavy} if name in sys.modules])"
     # SB3 itself imports matplotlib if it is there
     base = f"import stable_baselines3, sys; print([name for name in {heavy} if name in sys.modules])"

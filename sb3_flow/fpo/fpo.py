@@ -8,13 +8,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from sb3_flow import distributed
 from sb3_flow.common.checks import DECAY, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, check_floats, to_bool, to_float, to_int
 from sb3_flow.common.cuda_graphs import (
     CapturedUpdate,
@@ -40,9 +40,9 @@ from sb3_flow.common.flow import (
     squared_error,
     to_action,
 )
-from sb3_flow.common.optimizers import clip_grad_norm
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
+from sb3_flow.distributed import DistributedOnPolicyAlgorithm, learns_together
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")
@@ -115,7 +115,7 @@ def select_observations(observations: PyTorchObs, indices: th.Tensor | slice) ->
     return select(observations, indices)
 
 
-class FPO(CheckedLoad, OnPolicyAlgorithm):
+class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     """
     Flow Policy Optimization (FPO)
 
@@ -132,7 +132,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
     :param n_steps: The number of steps to run for each environment per update
         (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
         NOTE: n_steps * n_envs must be greater than 1 (because of the advantage normalization)
-    :param batch_size: Minibatch size
+    :param batch_size: Minibatch size (of all processes together, if ``torchrun`` has started several)
     :param n_epochs: Number of epoch when optimizing the surrogate loss
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
@@ -346,12 +346,14 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
             assert self.batch_size > 1, "`batch_size` must be greater than 1, or `normalize_advantage` be False"
 
         if self.env is not None:
-            buffer_size = self.env.num_envs * self.n_steps
+            distributed.share("batch_size", self.batch_size)
+            n_envs = self.env.num_envs * distributed.world_size()
+            buffer_size = n_envs * self.n_steps
             # Check that `n_steps * n_envs > 1` to avoid NaN
             # when doing advantage normalization
             assert buffer_size > 1 or (
                 not self.normalize_advantage
-            ), f"`n_steps * n_envs` must be greater than 1. Currently n_steps={self.n_steps} and n_envs={self.env.num_envs}"
+            ), f"`n_steps * n_envs` must be greater than 1. Currently n_steps={self.n_steps} and n_envs={n_envs}"
             # Check that the rollout buffer size is a multiple of the mini-batch size
             if buffer_size % self.batch_size > 0:
                 warnings.warn(
@@ -360,7 +362,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
                     f" after every {buffer_size // self.batch_size} untruncated mini-batches,"
                     f" there will be a truncated mini-batch of size {buffer_size % self.batch_size}\n"
                     f"We recommend using a `batch_size` that is a factor of `n_steps * n_envs`.\n"
-                    f"Info: (n_steps={self.n_steps} and n_envs={self.env.num_envs})"
+                    f"Info: (n_steps={self.n_steps} and n_envs={n_envs})"
                 )
 
     def _check_flow_steps(self) -> None:
@@ -447,9 +449,9 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
                 needs_kl = self.target_kl is not None or epoch == self.n_epochs - 1
                 loss, values = self._losses(rollout.select(indices), old.select(indices), clip_ranges, needs_kl)
                 statistics.append(values)
-                if self.target_kl is not None and values["approx_kl"] > 1.5 * self.target_kl:
+                if self.target_kl is not None and distributed.mean(values["approx_kl"]) > 1.5 * self.target_kl:
                     continue_training = False
-                    if self.verbose >= 1:
+                    if self.verbose >= 1 and distributed.rank() == 0:
                         print(f"Early stopping at step {epoch} due to reaching max kl: {values['approx_kl']:.2f}")
                     break
                 self._optimization_step(loss, values)
@@ -466,10 +468,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         self._n_iterations += 1
 
         # Logs
-        self._record_statistics(statistics, n_last_epoch=len(statistics) - n_before)
-        self.logger.record("train/raw_action_max", rollout.actions[:, 0].abs().max().item())
-        explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
-        self.logger.record("train/explained_variance", explained_var)
+        self._record_statistics(statistics, n_last_epoch=len(statistics) - n_before, rollout=rollout)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/clip_range", clip_ranges.policy)
         if clip_ranges.value is not None:
@@ -543,9 +542,8 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         """
         if self.positive_advantage:
             advantages = F.softplus(advantages)
-        # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
-        elif self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        elif self.normalize_advantage:
+            advantages = distributed.normalize(advantages)
         advantages = advantages + self.ent_coef * surprise
         return -surrogate_objective(ratio, advantages.unsqueeze(1), clip_range, self.trust_region).mean()
 
@@ -581,9 +579,10 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         """
         self.policy.optimizer.zero_grad()
         loss.backward()
+        distributed.average_gradients(self.policy.parameters())
         # Clip grad norm
         max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
-        return clip_grad_norm(self.policy.parameters(), max_grad_norm)
+        return th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
 
     def _captured_updates(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> "CapturedUpdates | None":
         """
@@ -626,21 +625,31 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         if failure is not None:
             raise ValueError(_not_finite(failure))
 
-    def _record_statistics(self, statistics: list[dict[str, th.Tensor]], n_last_epoch: int) -> None:
+    def _record_statistics(self, statistics: list[dict[str, th.Tensor]], n_last_epoch: int, rollout: FlowRollout) -> None:
         """
         :param statistics: Those of the minibatches
         :param n_last_epoch: Number of minibatches of the last epoch
+        :param rollout: The rollout
         """
+        reductions = {"ratio_min": min, "ratio_max": max, "raw_action_max": max}
+        recorded = {}
         for name in statistics[-1]:
-            values = th.stack([row[name] for row in statistics if name in row])
+            values = [row[name] for row in statistics if name in row]
             if name == "approx_kl":
-                value = values[-n_last_epoch:].mean()
+                values = values[-n_last_epoch:]
             elif name == "loss":
-                value = values[-1]
-            else:
-                value = {"ratio_min": th.min, "ratio_max": th.max}.get(name, th.mean)(values)
-            if name != "bounds_loss" or self.bounds_loss_coef > 0:
-                self.logger.record(f"train/{name}", value.item())
+                values = values[-1:]
+            recorded[name] = reductions.get(name, np.mean)(th.stack(values).tolist())
+        recorded["raw_action_max"] = rollout.actions[:, 0].abs().max().item()
+        recorded["explained_variance"] = explained_variance(
+            self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        )
+        if self.bounds_loss_coef == 0:
+            del recorded["bounds_loss"]
+        everyones = distributed.gather(recorded)
+        for name in recorded:
+            value = reductions.get(name, np.mean)([theirs[name] for theirs in everyones])
+            self.logger.record(f"train/{name}", float(value))
 
     def _get_rollout(self) -> FlowRollout:
         """
@@ -722,14 +731,15 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
 
     def _minibatches(self, n_transitions: int) -> list[slice]:
         """In the order of the (shuffled) rollout."""
-        return [slice(start, start + self.batch_size) for start in range(0, n_transitions, self.batch_size)]
+        batch_size = distributed.share("batch_size", self.batch_size)
+        return [slice(start, start + batch_size) for start in range(0, n_transitions, batch_size)]
 
     def _epoch_minibatches(self, epoch: int, n_transitions: int) -> Iterable[slice | th.Tensor]:
         # The first epoch goes through the rollout in its order, so that its first ratio is exactly one
         return self._minibatches(n_transitions) if epoch == 0 else self._shuffled_minibatches(n_transitions)
 
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
-        return iter(th.randperm(n_transitions, device=self.device).split(self.batch_size))
+        return iter(th.randperm(n_transitions, device=self.device).split(distributed.share("batch_size", self.batch_size)))
 
     def _surprise(self, rollout: FlowRollout) -> th.Tensor:
         """
@@ -747,7 +757,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         with th.no_grad():
             losses = th.cat([self._cfm_loss(self._flow_output(batch), batch) for batch in batches])
             surprise = relative_loss(losses - self.policy.log_squashing(rollout.actions)).mean(dim=1)
-        return surprise - surprise.mean()
+        return surprise - distributed.mean(surprise.mean())
 
     def _flow_output(self, batch: FlowRollout) -> th.Tensor:
         """Output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)."""
@@ -772,6 +782,7 @@ class FPO(CheckedLoad, OnPolicyAlgorithm):
         """Mean squared change of the predicted noise, FPO++."""
         return rescale_error(output_change, timesteps, self.policy.prediction_type, "noise").square().mean()
 
+    @learns_together
     def learn(
         self: SelfFPO,
         total_timesteps: int,

@@ -11,7 +11,6 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     DictReplayBufferSamples,
@@ -25,6 +24,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
+from sb3_flow import distributed
 from sb3_flow.common.bounds import middle_and_half_range
 from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
 from sb3_flow.common.checks import FRACTION, NOT_NEGATIVE, check_floats, to_bool, to_int
@@ -45,6 +45,7 @@ from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_na
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
+from sb3_flow.distributed import DistributedOffPolicyAlgorithm, learns_together
 from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
@@ -63,7 +64,7 @@ REWARD_ARGUMENTS = {"reward_scale": 1.0, "reward_shift": 0.0}
 OFFLINE_LOG_INTERVAL = 1000
 
 
-class FQL(CheckedLoad, OffPolicyAlgorithm):
+class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
     """
     Flow Q-Learning (FQL)
 
@@ -89,10 +90,11 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
     :param learning_rate: learning rate for adam optimizer,
         the same learning rate will be used for all networks (Q-Values, Actor and flow)
         it can be a function of the current progress remaining (from 1 to 0)
-    :param buffer_size: size of the replay buffer (of what is collected online)
+    :param buffer_size: size of the replay buffer (of what is collected online), that of all processes together if ``torchrun``
+        has started several
     :param learning_starts: how many steps of the model to collect transitions for before learning starts.
         It becomes 0 with a dataset: there is something to learn from, and a policy better than random actions.
-    :param batch_size: Minibatch size for each gradient update
+    :param batch_size: Minibatch size for each gradient update (of all processes together)
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
     :param gamma: the discount factor
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
@@ -254,6 +256,8 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         check_floats(self, FLOATS, schedules=("learning_rate",))
         for name in ("normalize_q_loss", "balanced_sampling", "compile"):
             setattr(self, name, to_bool(name, getattr(self, name)))
+        if self.env is not None:
+            distributed.share("batch_size", self.batch_size)
         assert isinstance(self.action_space, spaces.Box)
         if (
             not np.issubdtype(self.action_space.dtype, np.floating)
@@ -407,9 +411,9 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
 
         logged = []
         for _ in range(gradient_steps):
-            loss, values = self._losses(self._sample(batch_size))
+            loss, values = self._losses(self._sample(distributed.share("batch_size", batch_size)))
             # The device is waited for once
-            logged.append(th.stack(list(values.values())).tolist())
+            logged.append(distributed.mean(th.stack(list(values.values())).detach()).tolist())
             if not np.isfinite(logged[-1]).all():
                 raise ValueError(_not_finite(dict(zip(values, logged[-1], strict=True))))
             self._optimization_step(loss)
@@ -435,6 +439,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         """:param loss: Of a batch"""
         self.policy.optimizer.zero_grad()
         loss.backward()
+        distributed.average_gradients(self.policy.parameters())
 
     def _train_in_graph(self, gradient_steps: int, batch_size: int) -> bool:
         """
@@ -620,7 +625,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         distill_loss = F.mse_loss(actions, flow_actions)
         q_loss = -q_values.mean()
         if self.normalize_q_loss:
-            q_loss = q_loss / q_values.detach().abs().mean()
+            q_loss = q_loss / distributed.mean(q_values.detach().abs().mean())
         return distill_loss, q_loss
 
     def _actions_and_values(
@@ -654,8 +659,11 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         elif n_online == 0 or self._only_clones:
             n_from_replay = 0
         elif self.balanced_sampling:
-            n_from_replay = batch_size // 2
+            # Half of the batch of all processes together
+            n_from_replay = (batch_size * distributed.world_size() // 2 + distributed.rank()) // distributed.world_size()
         else:
+            # Each process has its part of what was collected, and the whole dataset
+            n_online *= distributed.world_size()
             n_from_replay = int(np.random.binomial(batch_size, n_online / (n_online + len(self.offline_buffer))))
             if n_from_replay == 1 and isinstance(self.replay_buffer, HerReplayBuffer):
                 # Of a single transition it would relabel none, and ask the environment for the rewards of nothing
@@ -693,6 +701,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         crops = [map_arrays(lambda obs: random_crop(obs, self.random_crop, shift), obs) for obs in batch[::2][:2]]
         return batch._replace(observations=crops[0], next_observations=crops[1])
 
+    @learns_together
     def learn_offline(
         self: SelfFQL,
         gradient_steps: int,
@@ -754,7 +763,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
                 self.num_timesteps += 1
                 self._n_offline_updates += 1
                 callback.update_locals(locals())
-                continue_training = callback.on_step()
+                continue_training = self._meet(callback.on_step())
                 if log_interval is not None and self.num_timesteps % log_interval == 0:
                     self.dump_logs()
         finally:
@@ -804,6 +813,7 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
         finally:
             self._custom_logger, self._last_obs = has_custom_logger, last_obs
 
+    @learns_together
     def learn(
         self: SelfFQL,
         total_timesteps: int,
@@ -872,16 +882,21 @@ class FQL(CheckedLoad, OffPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
+    def _settings_of_all(self) -> dict[str, Any]:
+        return super()._settings_of_all() | dict(
+            n_transitions=0 if self.offline_buffer is None else len(self.offline_buffer), only_clones=self._only_clones
+        )
+
     def dump_logs(self) -> None:
         """
         Write log data, with the losses of what is held out for validation. Training does not depend on them.
         """
         self._wait_for_graphs()
-        if self.validation_buffer is not None:
+        if self.validation_buffer is not None and distributed.rank() == 0:
             training = self.policy.training
             self.policy.set_training_mode(False)
             devices = [self.device] if self.device.type == "cuda" else []
-            with th.no_grad(), th.random.fork_rng(devices):
+            with th.no_grad(), th.random.fork_rng(devices), distributed.alone():
                 batch = self._prepare(self.validation_buffer.sample(self.batch_size, env=self._vec_normalize_env))
                 for name, value in self._losses(batch)[1].items():
                     self.logger.record(f"validation/{name}", value.item())

@@ -6,10 +6,11 @@ A script of its own can do ``import sb3_flow.zoo; sb3_flow.zoo.register()`` and 
 
 from pathlib import Path
 
-import gymnasium
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_flow
+from sb3_flow.envs.dm_control import register_dm_control
+from sb3_flow.envs.envpool import NAMESPACE, register_envpool
 
 #: The algorithms that :func:`register` adds to rl-zoo3, by the name that ``--algo`` takes.
 FLOW_ALGOS: dict[str, type[BaseAlgorithm]] = {"fpo": sb3_flow.FPO, "fql": sb3_flow.FQL}
@@ -52,14 +53,12 @@ def default_conf_file(algo: str) -> str:
 
 def register_envs(env_id: str) -> None:
     """
-    Make the environments known to gymnasium that are only registered when their package is imported.
+    Make the environments known to gymnasium that are only registered when they are needed.
 
     :param env_id: Environment id
     :raises ImportError: if that package is not installed
     """
     if env_id.startswith("dm_control/"):
-        try:
-            import shimmy
-        except ImportError as error:
-            raise ImportError(f'{env_id} needs dm_control and shimmy: pip install "sb3-flow[dmc]"') from error
-        gymnasium.register_envs(shimmy)  # no-op: importing it registered them
+        register_dm_control(env_id)
+    elif env_id.startswith(NAMESPACE):
+        register_envpool()

@@ -4,9 +4,10 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sb3_flow.zoo.errors import InputError, did_you_mean, one_line
@@ -264,6 +265,7 @@ def rl_zoo3_arguments(
     types: dict[str, Callable[[str], Any]],
     defaults: dict[str, Any] | None = None,
     options: Sequence[tuple[str, dict[str, Any]]] = (),
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Iterator[None]:
     """
     The program of rl-zoo3 in the body, which makes a parser of its own, parses its arguments as :class:`Parser` does.
@@ -272,6 +274,7 @@ def rl_zoo3_arguments(
     :param types: Types of arguments that are stricter than those of rl-zoo3
     :param defaults: Other defaults than those of rl-zoo3
     :param options: Options that the program does not have
+    :param choices: Choices of arguments beside those of rl-zoo3
     """
 
     from sb3_flow.zoo import patches
@@ -284,6 +287,8 @@ def rl_zoo3_arguments(
         for action in strict._actions:
             is_key_value = type(action).__name__ == "StoreDict"
             action.type = KeyValue() if is_key_value else types.get(action.dest, action.type)
+            if action.choices is not None:
+                action.choices = [*action.choices, *choices.get(action.dest, ())]
         strict.set_defaults(**(defaults or {}))
         parsed = strict.parse_args(args, namespace)
         check(parsed)

@@ -1,12 +1,16 @@
 """The command line: rl-zoo3's own programs, with the algorithms of this package."""
 
+import contextlib
+import os
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import gymnasium as gym
 
+from sb3_flow import distributed
 from sb3_flow.zoo import register
 from sb3_flow.zoo.commands import agents, curves, policies, training
 from sb3_flow.zoo.commands.datasets import datasets
@@ -28,8 +32,9 @@ COMMANDS: dict[str, Callable[[], None]] = {
 }
 #: Packages that the commands import when they need them
 OF_EXTRAS = ("matplotlib", "moviepy", "pandas", "plotly", "pygame", "pytablewriter", "rl_zoo3", "scipy", "seaborn")
-#: Exit status of a wrong input, as that of ``argparse``; a bug has 1
+#: Exit status of a wrong input, as that of ``argparse``; a bug, in this process or in another, has 1
 WRONG_INPUT = 2
+FAILED = 1
 INTERRUPTED = 130
 
 
@@ -38,21 +43,36 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv[:] = [arg for arg in sys.argv if arg != "--debug"]
     try:
-        _run_command()
+        with distributed.together(), _only_rank_zero_prints():
+            _run_command()
     except (InputError, ImportError, OSError, gym.error.Error) as error:
         # What is not installed, files that cannot be written, ... tell so in their own words
         hint = ' (it comes with: pip install "sb3-flow[zoo,plots]")' if getattr(error, "name", None) in OF_EXTRAS else ""
         if debug:
             traceback.print_exc()
         _exit(f"sb3-flow: error: {one_line(error)}{hint}", WRONG_INPUT)
+    except distributed.RankError as error:
+        _exit(f"sb3-flow: error: {one_line(error)}", FAILED, tells=distributed.tells(error))
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
         _exit("sb3-flow: interrupted", INTERRUPTED)
 
 
-def _exit(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr)
+@contextlib.contextmanager
+def _only_rank_zero_prints() -> Iterator[None]:
+    if distributed.rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _exit(message: str, status: int, tells: bool | None = None) -> NoReturn:
+    distributed.ignore_signals()
+    if distributed.rank() == 0 if tells is None else tells:
+        print(message, file=sys.stderr)
     error = SystemExit(message)
     error.code = status
     raise error from None
@@ -70,6 +90,8 @@ def _run_command() -> None:
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS)
         raise InputError(f"unknown command {command!r}, it must be one of {', '.join(COMMANDS)}{hint}")
+    if distributed.world_size() > 1 and command != "train":
+        raise InputError(f"{command} is done by one process, not by the {distributed.world_size()} of torchrun")
     # For the usage
     sys.argv[0] = f"sb3-flow {command}"
     register()

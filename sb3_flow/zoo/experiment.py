@@ -1,11 +1,16 @@
 """rl-zoo3's experiment manager, with runs that can go on after whatever ended them."""
 
 import contextlib
+import copy
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,10 +31,13 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_flow import distributed
+from sb3_flow.envs import make_envpool
+from sb3_flow.envs.envpool import NAMESPACE, to_ordinary_id
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, patches
 from sb3_flow.zoo.defaults import FLATTEN, normalization_for, policy_for, read_conf_file
 from sb3_flow.zoo.errors import InputError
-from sb3_flow.zoo.hyperparams import CheckedExperimentManager
+from sb3_flow.zoo.hyperparams import CheckedExperimentManager, check_hyperparams_for_envpool
 from sb3_flow.zoo.runs import Run, SavedModel, lock, remove_unfinished, written_whole
 from sb3_flow.zoo.shared_study import open_storage, optimize_together
 
@@ -143,11 +151,20 @@ class FlowExperimentManager(CheckedExperimentManager):
     :param run: The run to go on with, in its folder, see :meth:`Run.resume`. None for a new run
     :param locks: Releases the lock of a new run in the end
     :param args: See ``ExperimentManager``
-    :param kwargs: See ``ExperimentManager``
+    :param kwargs: See ``ExperimentManager``, whose ``vec_env_type`` may be "envpool", too
     """
 
     def __init__(self, *args, run: Run | None = None, locks: ExitStack | None = None, **kwargs):
+        #: Whether to train in EnvPool, which is no type of rl-zoo3's. Evaluations are in the ordinary environment
+        self.in_envpool = kwargs.get("vec_env_type") == "envpool"
+        if self.in_envpool:
+            kwargs["vec_env_type"] = "dummy"
+            # (they are not, on purpose)
+            warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
         super().__init__(*args, **kwargs)
+        # (a random one is another in each process)
+        self.seed = distributed.broadcast(self.seed)
+        self.show_progress = self.show_progress and distributed.rank() == 0
         # (what makes one, in place of a class: rl-zoo3 only calls it)
         self.vec_env_class = patches.warned_once(self.vec_env_class)  # type: ignore[assignment, arg-type]
         self.has_own_hyperparams = False
@@ -177,32 +194,44 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        Those of the run that is resumed. For a new one, the hyperparameters of the environment, else those of its namespace
-        (``default/dm_control``), else the default ones. Observations of dm_control, each a Dict, are flattened.
+        Those of the run that is resumed. For a new one, the hyperparameters of the environment (or those of the ordinary one,
+        for a task of EnvPool), else those of its namespace (``default/dm_control``), else the default ones. Observations of
+        dm_control, each a Dict, are flattened.
         """
         if self.run is not None:
             # Whatever has become of the file that they are from. Its dataset may be elsewhere by now
             moved = {name: value for name, value in (self.custom_hyperparams or {}).items() if name == "dataset"}
             self.has_own_hyperparams = True
+            if self.in_envpool:
+                # (where the run may not have been)
+                check_hyperparams_for_envpool(self.run.config, self._where)
             return self.run.config | moved, self.run.config | moved
         env_name, blocks = self.env_name, {}
         with contextlib.suppress(Exception):
             # (what is wrong with the file is told below)
             blocks = dict(read_conf_file(self.config))
-        namespace = gym.spec(env_name.gym_id).namespace
-        self.has_own_hyperparams = env_name.gym_id in blocks
+        env_id = env_name.gym_id
+        ordinary_id = to_ordinary_id(env_id) if env_id.startswith(NAMESPACE) else env_id
+        namespace = ordinary_id.rpartition(":")[2].rpartition("/")[0]
         # rl-zoo3 takes that block whether it is there or not
         self._is_atari = self._is_atari and "atari" in blocks
-        if not self.has_own_hyperparams and f"default/{namespace}" in blocks:
-            print(f"Using 'default/{namespace}' hyperparameters")
-            self.env_name = EnvironmentName(f"default/{namespace}")
+        own = (env_id, ordinary_id)
+        block = next((name for name in (*own, f"default/{namespace}") if name in blocks), env_id)
+        self.has_own_hyperparams = block in own and block in blocks
+        if block != env_id:
+            print(f"Using {block!r} hyperparameters")
+            self.env_name = EnvironmentName(block)
         try:
             hyperparams, saved_hyperparams = super().read_hyperparameters()
         finally:
             self.env_name = env_name
-        if namespace == "dm_control" and "env_wrapper" not in hyperparams and "Mlp" in hyperparams.get("policy", ""):
+        is_flattened = "env_wrapper" not in hyperparams and "Mlp" in hyperparams.get("policy", "")
+        # (in EnvPool whatever the hyperparameters say, and then in the evaluations too)
+        if namespace == "dm_control" and (is_flattened or (self.in_envpool and not hyperparams.get("env_wrapper"))):
             print(f"Observations of dm_control are flattened: env_wrapper={FLATTEN!r}")
             hyperparams["env_wrapper"] = saved_hyperparams["env_wrapper"] = FLATTEN
+        if self.in_envpool:
+            check_hyperparams_for_envpool(hyperparams, self._where)
         return hyperparams, saved_hyperparams
 
     def _is_default(self, name: str) -> bool:
@@ -258,8 +287,19 @@ class FlowExperimentManager(CheckedExperimentManager):
         if self.optimize_hyperparameters:
             # A search has no run of its own, which would be taken for the latest one
             return
+        if distributed.rank() == 0:
+            self._create_log_folder()
+        self.save_path = distributed.broadcast(self.save_path)
+        self.params_path = f"{self.save_path}/{self.env_name}"
+        # (another machine may have a disk of its own)
+        os.makedirs(self.save_path, exist_ok=True)
+        # Rank 0 is not to remove it before
+        distributed.gather(None)
+
+    def _create_log_folder(self) -> None:
         if self.run is not None:
             remove_unfinished(self.run.folder)
+            self._rename_earlier_logs(self.run.folder)
             return
         self.new_parents = [folder for folder in Path(self.save_path).parents if not folder.exists()]
         while not self.has_new_folder:
@@ -275,17 +315,37 @@ class FlowExperimentManager(CheckedExperimentManager):
         os.makedirs(self.params_path)
         self.locks.enter_context(lock(Path(self.save_path)))
 
+    def _rename_earlier_logs(self, folder: Path) -> None:
+        """New Monitor files beside the old ones: each has a clock of its own, that their readers take into account."""
+        n_resumed = len({path.name.split(".")[0] for path in folder.glob("before_*.monitor.csv")})
+        for path in folder.glob("[0-9]*.monitor.csv"):
+            if not path.read_text():
+                # The process was killed before it wrote the header, without which no reader can do
+                path.unlink()
+                continue
+            self.earlier_logs.append((path, path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))))
+
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        if self.run is not None and not eval_env and not no_log:
-            # New Monitor files beside the old ones: each has a clock of its own, that their readers take into account
-            n_resumed = len({path.name.split(".")[0] for path in self.run.folder.glob("before_*.monitor.csv")})
-            for path in self.run.folder.glob("[0-9]*.monitor.csv"):
-                if not path.read_text():
-                    # The process was killed before it wrote the header, without which no reader can do
-                    path.unlink()
-                    continue
-                self.earlier_logs.append((path, path.rename(path.with_name(f"before_{n_resumed + 1}.{path.name}"))))
-        return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+        no_log = no_log or self.optimize_hyperparameters
+        if eval_env:
+            return super().create_envs(n_envs, eval_env, no_log)
+        manager = self
+        if self.in_envpool:
+            # (trials may run in several threads)
+            manager = copy.copy(self)
+            manager.vec_env_class = partial(self._make_envpool, None if no_log else self.save_path)  # type: ignore[assignment]
+        n_envs = distributed.share("n_envs", n_envs)
+        with patches.envs_from(distributed.rank() * n_envs):
+            env = super(FlowExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
+        # (nor before their Monitor files are there)
+        distributed.gather(None)
+        return env
+
+    def _make_envpool(self, monitor_dir: str | None, env_fns: list[Callable[[], gym.Env]]) -> VecEnv:
+        """In place of a class of a ``VecEnv``, which makes it of as many environments."""
+        return make_envpool(
+            self.env_name.gym_id, len(env_fns), monitor_dir=monitor_dir, **self.monitor_kwargs, **self.env_kwargs
+        )
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         try:
@@ -307,6 +367,8 @@ class FlowExperimentManager(CheckedExperimentManager):
             renamed.replace(path)
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if distributed.rank() > 0:
+            return
         if self.run is None:
             # Which of those of the YAML file and of the command line they are
             self.args.env_kwargs = self.env_kwargs or None
@@ -348,6 +410,8 @@ class FlowExperimentManager(CheckedExperimentManager):
         paths = [agent.replay_buffer, *([agent.path.with_name("replay_buffer.pkl")] if self.run is None else [])]
         paths = [path for path in paths if path.is_file()]
         reason = None if self.run is None else self.run.state.why_no_replay_buffer
+        if distributed.world_size() > 1:
+            reason = f"each of the {distributed.world_size()} processes has a replay buffer of its own"
         if paths and reason is None:
             print(f"Loading replay buffer {paths[0]}")
             model.load_replay_buffer(paths[0], truncate_last_traj=self.truncate_last_trajectory)
@@ -361,6 +425,8 @@ class FlowExperimentManager(CheckedExperimentManager):
         # Ours in place of rl-zoo3's
         save_freq, eval_freq, self.save_freq, self.eval_freq = self.save_freq, self.eval_freq, -1, -1
         super().create_callbacks()
+        if distributed.rank() > 0:
+            return
         folder = Path(self.save_path)
         periodic: list[BaseCallback] = []
         if save_freq > 0:
@@ -448,7 +514,19 @@ class FlowExperimentManager(CheckedExperimentManager):
             except KeyboardInterrupt:
                 # rl-zoo3 keeps it to itself
                 self.is_interrupted = True
+                # (it may have been that of another process)
+                distributed.ignore_signals()
                 raise
+            except distributed.RankError as error:
+                if error.reason is not None:
+                    raise
+                # Another one was killed: nothing of what was learned is lost
+                self.is_interrupted = True
+                distributed.ignore_signals()
+                if distributed.tells(error):
+                    hint = "" if distributed.rank() == 0 else f". To go on: sb3-flow train --resume {self.save_path}"
+                    print(f"sb3-flow: error: {error}{hint}", file=sys.stderr)
+                raise KeyboardInterrupt from None
 
         try:
             # (rl-zoo3 uses no more of the model than this)
@@ -465,7 +543,7 @@ class FlowExperimentManager(CheckedExperimentManager):
 
     def _continue_tensorboard(self, model: BaseAlgorithm) -> None:
         """In the folder of the run. SB3 takes the latest one, which may be that of another run."""
-        if model.tensorboard_log is None:
+        if model.tensorboard_log is None or distributed.rank() > 0:
             return
         remembered = Path(self.params_path) / "tensorboard.txt"
         is_own = self.run is not None and self.run.args["tensorboard_log"] == self.args.tensorboard_log
@@ -480,6 +558,8 @@ class FlowExperimentManager(CheckedExperimentManager):
             (unfinished / "tensorboard.txt").write_text(str(Path(model.logger.dir).absolute()))
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
+        if distributed.rank() > 0:
+            return
         print(f"Saving to {self.save_path}")
         with written_whole(Path(self.save_path)) as unfinished:
             model.save(unfinished / f"{self.env_name}.zip")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import optuna
 import rl_zoo3.exp_manager
 import yaml
@@ -25,6 +26,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_flow.common.save_load import check_model_file
 from sb3_flow.zoo import default_conf_file
 from sb3_flow.zoo.arguments import new_folder
+from sb3_flow.zoo.defaults import FLATTEN
 from sb3_flow.zoo.errors import InputError, did_you_mean, one_line, user_input
 
 #: What rl-zoo3 takes itself, beside the arguments of the algorithm
@@ -242,6 +244,26 @@ def check_hyperparams(algo: str, hyperparams: Mapping[str, Any], where: Callable
     check_arguments(f"{where('policy_kwargs')}: policy_kwargs", values.get("policy_kwargs") or {}, arguments)
     if isinstance(values.get("normalize"), dict):
         check_arguments(f"{where('normalize')}: normalize", values["normalize"], _parameters(VecNormalize))
+
+
+def check_hyperparams_for_envpool(hyperparams: Mapping[str, Any], where: Callable[[str], str]) -> None:
+    """
+    Check that EnvPool can do what the hyperparameters want of the environment.
+
+    :param hyperparams: Hyperparameters, as rl-zoo3 reads them
+    :param where: Where a hyperparameter is from, for the error message
+    :raises InputError: if it cannot
+    """
+    wrappers = hyperparams.get("env_wrapper")
+    for item in wrappers if isinstance(wrappers, list) else [wrappers]:
+        name, kwargs = next(iter(item.items())) if isinstance(item, dict) else (item, None)
+        wrapper = get_class_by_name(name) if isinstance(name, str) else name
+        if kwargs or wrapper not in (None, gym.wrappers.FlattenObservation):
+            expected = f"{FLATTEN!r}, or --vec-env dummy: EnvPool has no wrappers of single environments"
+            raise InputError(f"{where('env_wrapper')}: found env_wrapper:{item!r}, expected {expected}")
+    if "MultiInput" in str(hyperparams["policy"]):
+        expected = "'MlpPolicy': observations are flattened in EnvPool"
+        raise InputError(f"{where('policy')}: found policy:{hyperparams['policy']!r}, expected {expected}")
 
 
 def check_trained_agent(path: str | Path, algo: str, what: str = "model") -> None:

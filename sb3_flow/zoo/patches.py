@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import rl_zoo3.exp_manager
 import rl_zoo3.train
 import rl_zoo3.utils
 from huggingface_sb3 import EnvironmentName
@@ -74,6 +75,18 @@ def experiment_manager(manager: Callable[..., ExperimentManager]) -> AbstractCon
     :return: context manager
     """
     return _replaced(rl_zoo3.train, "ExperimentManager", manager)
+
+
+def envs_from(start_index: int) -> AbstractContextManager[None]:
+    """
+    ``ExperimentManager.create_envs`` counts its environments, which the Monitor files have as their names, from 0. In each of
+    several processes there is only a part of them.
+
+    :param start_index: Number of the first one
+    :return: context manager
+    """
+    make_vec_env = rl_zoo3.exp_manager.make_vec_env
+    return _replaced(rl_zoo3.exp_manager, "make_vec_env", functools.partial(make_vec_env, start_index=start_index))
 
 
 def runs_with_uuid() -> AbstractContextManager[None]:

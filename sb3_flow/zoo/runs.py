@@ -28,6 +28,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_flow import distributed
 from sb3_flow.zoo.errors import InputError, one_line
 from sb3_flow.zoo.hyperparams import EVALUATED
 
@@ -39,7 +40,7 @@ FREE_OPTIONS = {
     "tensorboard_log": "only where the logger writes",
     "num_threads": "only speed",
     "device": "only speed",
-    "vec_env": "only speed: the same environments, in one process or in several",
+    "vec_env": "only speed: the same environments, in one process, in several, or in EnvPool",
     "save_freq": "only how often the run can go on from",
     "save_replay_buffer": "only what is saved",
     "eval_freq": "only how often the model is evaluated",
@@ -205,7 +206,7 @@ class Run:
                 found.append(f"{option}: the run has {name}:{own!r}, given {name}:{value!r}")
         return found
 
-    def resume(self, args: argparse.Namespace) -> FileLock:
+    def resume(self, args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
         """
         Look where the run can go on, without changing anything.
 
@@ -227,7 +228,7 @@ class Run:
                 "it goes on with a larger -n/--n-timesteps"
             )
         args.trained_agent = str(self.state.model.path)
-        return lock(self.folder)
+        return lock(self.folder) if distributed.rank() == 0 else contextlib.nullcontext()
 
     @property
     def final_model(self) -> Path:
@@ -329,6 +330,9 @@ class Run:
     def _why_no_replay_buffer(self, saved: SavedModel, num_timesteps: int) -> str | None:
         """:return: what is wrong with the replay buffer that a model is to be resumed with, if anything"""
         has_one = self.args.get("save_replay_buffer") or saved.replay_buffer.is_file()
+        if distributed.world_size() > 1:
+            # (each process has one of its own)
+            return None
         if not has_one or num_timesteps <= self.offline_steps or not issubclass(ALGOS[self.algo], OffPolicyAlgorithm):
             return None
         try:

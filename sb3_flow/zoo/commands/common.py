@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from sb3_flow.envs.envpool import DIFFERENT, NAMESPACE, TASKS, check_options, to_envpool_id, to_ordinary_id
 from sb3_flow.zoo import register_envs
 from sb3_flow.zoo.arguments import Default, Parser, device, folder, integer, seed
 from sb3_flow.zoo.errors import InputError, did_you_mean, one_line, user_input
@@ -67,6 +68,11 @@ def check_env(env_id: str, gym_packages: Sequence[str] = (), **env_kwargs: dict[
                 f"argument --gym-packages: found {package!r}, expected a package that can be imported: {one_line(error)}"
             ) from error
     register_envs(env_id)
+    if env_id.startswith(NAMESPACE):
+        with user_input(f"argument --env: found {env_id!r}", ValueError):
+            ordinary_id = to_ordinary_id(env_id)
+        if ordinary_id in DIFFERENT:
+            print(f"Evaluations of {env_id} are in {ordinary_id}: {DIFFERENT[ordinary_id]}")
     try:
         gym.spec(env_id)
     except (gym.error.Error, ImportError) as error:
@@ -77,3 +83,30 @@ def check_env(env_id: str, gym_packages: Sequence[str] = (), **env_kwargs: dict[
         if kwargs:
             with user_input(f"argument --{option.replace('_', '-')}: found {kwargs}"):
                 gym.make(env_id, **kwargs).close()
+
+
+def check_vec_env(vec_env: str | None, env_id: str, env_kwargs: dict[str, Any] | None) -> str:
+    """
+    Check that an environment can be had in this kind of a ``VecEnv``.
+
+    :param vec_env: What the user gave, if anything
+    :param env_id: Environment id
+    :param env_kwargs: Arguments for the environment
+    :return: "dummy", "subproc" or "envpool"
+    :raises InputError: if it cannot
+    :raises ImportError: if EnvPool is needed, and is not installed
+    """
+    is_envpool_id = env_id.startswith(NAMESPACE)
+    vec_env = vec_env or ("envpool" if is_envpool_id else "dummy")
+    if vec_env != "envpool":
+        if is_envpool_id:
+            hint = f" (or --env {to_ordinary_id(env_id)})"
+            raise InputError(f"argument --vec-env: found {vec_env!r}, expected 'envpool' with {env_id}{hint}")
+        return vec_env
+    if not is_envpool_id and env_id not in TASKS:
+        raise InputError(f"argument --vec-env: found 'envpool', which has no task that is known to be the same as {env_id}")
+    with user_input("argument --vec-env: found 'envpool'", ValueError):
+        envpool_id = to_envpool_id(env_id)
+    with user_input(f"argument --env-kwargs: found {env_kwargs}", ValueError):
+        check_options(envpool_id, env_kwargs or {})
+    return vec_env

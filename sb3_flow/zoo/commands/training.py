@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_flow import distributed
 from sb3_flow.zoo import FLOW_ALGOS, default_conf_file
 from sb3_flow.zoo.arguments import (
     Parser,
@@ -20,7 +23,7 @@ from sb3_flow.zoo.arguments import (
     rl_zoo3_arguments,
     seed,
 )
-from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env
+from sb3_flow.zoo.commands.common import add_defaults, base_parser, check_env, check_vec_env
 from sb3_flow.zoo.errors import InputError
 
 #: A new run has a checkpoint this often, unless --save-freq says otherwise
@@ -73,6 +76,7 @@ def train() -> None:
         print("  --resume [RUN_FOLDER]  go on with a run that was killed or interrupted, with the options that it has")
         print("                         (default: the latest run of this --algo and --env). A larger -n goes on with one")
         print("                         that is finished")
+        print("  --vec-env envpool      make the steps in EnvPool (default with an --env of EnvPool, envpool/CheetahRun-v1)")
         print("  --debug                show the traceback of an error\n")
         rl_zoo3.train.train()
         return
@@ -94,10 +98,13 @@ def train() -> None:
     run: Run | None = None
     if resume.resume is not None:
         run = Run(Path(resume.resume)) if resume.resume else find_run(Path(args.log_folder) / args.algo, args.env)
-    defaults = dict(save_freq=DEFAULT_SAVE_FREQ) if run is None else run.defaults()
+    defaults = dict(save_freq=DEFAULT_SAVE_FREQ, vec_env=None) if run is None else run.defaults()
 
     def check(args: argparse.Namespace) -> None:
+        if distributed.world_size() > 1:
+            _check_distributed(args, is_new=run is None)
         check_env(args.env, args.gym_packages, env_kwargs=args.env_kwargs, eval_env_kwargs=args.eval_env_kwargs)
+        args.vec_env = check_vec_env(args.vec_env, args.env, args.env_kwargs)
         if run is None:
             _check_new_run(args)
         else:
@@ -105,7 +112,8 @@ def train() -> None:
 
     with contextlib.ExitStack() as locks:
         manager = partial(FlowExperimentManager, run=run, locks=locks)
-        with rl_zoo3_arguments(check, TYPES, defaults), patches.experiment_manager(manager):
+        choices = dict(vec_env=("envpool",))
+        with rl_zoo3_arguments(check, TYPES, defaults, choices=choices), patches.experiment_manager(manager):
             try:
                 if args.optimize_hyperparameters:
                     rl_zoo3.train.train()
@@ -125,13 +133,16 @@ def _terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM, with which clusters end a job, is Ctrl-C in the body: the model is saved. The exit status is its own."""
     is_terminated = False
 
-    def interrupt(*_) -> None:
+    def interrupt(number: int, _) -> None:
         nonlocal is_terminated
-        is_terminated = True
+        is_terminated = number == signal.SIGTERM
+        # (torchrun passes on what this process may have got already)
+        distributed.ignore_signals()
         raise KeyboardInterrupt
 
     try:
-        former = signal.signal(signal.SIGTERM, interrupt)
+        numbers = [signal.SIGTERM, *([signal.SIGINT] if distributed.world_size() > 1 else [])]
+        former = {number: signal.signal(number, interrupt) for number in numbers}
     except ValueError:
         # Only the main thread can
         yield
@@ -145,9 +156,26 @@ def _terminated_as_interrupted() -> Iterator[None]:
         print("sb3-flow: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+        for number, handler in former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     if is_terminated:
         sys.exit(128 + signal.SIGTERM)
+
+
+def _check_distributed(args: argparse.Namespace, is_new: bool) -> None:
+    """What several processes cannot do."""
+    several = f"the {distributed.world_size()} processes of torchrun"
+    if args.algo not in FLOW_ALGOS:
+        raise InputError(f"argument --algo: found {args.algo!r}, expected one of {', '.join(FLOW_ALGOS)} for {several}")
+    if args.optimize_hyperparameters:
+        raise InputError(f"argument -optimize: a search is shared by way of its --storage, not by {several}")
+    if args.track:
+        raise InputError(f"argument --track: not with {several}")
+    if args.save_replay_buffer and issubclass(FLOW_ALGOS[args.algo], OffPolicyAlgorithm):
+        if is_new:
+            raise InputError(f"argument --save-replay-buffer: not with {several}, each of which has its own")
+        print("The replay buffers are not saved: each process has its own")
+        args.save_replay_buffer = False
 
 
 def _check_new_run(args: argparse.Namespace) -> None:
