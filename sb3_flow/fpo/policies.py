@@ -561,7 +561,12 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def _flow_output(self, latent_pi: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         self._check_action_net()
-        return self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
+        shape = x_t.shape[:-1]
+        # (the network repeats them along the first dimension by itself)
+        if timesteps.shape[1:] not in (shape[1:], (1, *shape[2:])):
+            timesteps = timesteps.expand(shape)
+        outputs = self.action_net(latent_pi, x_t.unsqueeze(1).flatten(1, -2), timesteps.unsqueeze(1).flatten(1))
+        return outputs.view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
         """
