@@ -278,6 +278,9 @@ class EnvPoolVecEnv(VecEnv):
     ):
         n_envs = to_int("n_envs", n_envs, at_least=1)
         self._envpool_id = envpool_id
+        # (EnvPool counts the cores of the machine, whichever of them this process may use)
+        if not options.get("num_threads") and hasattr(os, "sched_getaffinity"):
+            options["num_threads"] = min(n_envs, len(os.sched_getaffinity(0)))
         self._options_of_task = check_options(envpool_id, options)
         spec = import_envpool().make_spec(envpool_id, num_envs=n_envs, **self._options_of_task)
         if spec.config.max_num_players > 1:
@@ -327,6 +330,8 @@ class EnvPoolVecEnv(VecEnv):
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         if seed is not None:
             seed = to_int("seed", seed, at_least=0)
+            if seed >= 2**32:
+                raise ValueError(f"`seed` must be less than 2**32, it is {seed}")
         return super().seed(seed)
 
     def set_options(self, options: list[dict] | dict | None = None) -> None:
@@ -356,6 +361,11 @@ class EnvPoolVecEnv(VecEnv):
             raise ValueError(f"actions have the shape {actions.shape}, expected {expected}")
         if not np.isfinite(actions).all():
             raise ValueError(f"actions are not all finite: {actions}")
+        if isinstance(self.action_space, spaces.Discrete):
+            first, n_actions = self.action_space.start, self.action_space.n
+            is_inside = (first <= actions) & (actions < first + n_actions)
+            if not np.issubdtype(actions.dtype, np.integer) or not is_inside.all():
+                raise ValueError(f"actions must be integers from {first} to {first + n_actions - 1}, they are {actions}")
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
