@@ -52,7 +52,7 @@ def make_fql(**kwargs):
 
 def make_fpo(policy="MlpPolicy", env=None, **kwargs):
     # (the last minibatch is a smaller one)
-    settings = dict(n_steps=48, batch_size=40, n_epochs=3, seed=0, device="cpu", policy_kwargs=SMALL, compile=True)
+    settings = dict(n_steps=24, batch_size=20, n_epochs=3, seed=0, device="cpu", policy_kwargs=SMALL, compile=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         env = make_vec_env("Pendulum-v1", 2, seed=0) if env is None else env
@@ -96,11 +96,11 @@ def test_fpo_equals_the_eager_run(device, kwargs):
     models = []
     for compiled in (False, True):
         models.append(make_fpo(device=device, compile=compiled, **kwargs))
-        models[-1].learn(96 * 2)
+        models[-1].learn(48 * 2)
     assert_close(*models, **(dict(rtol=1e-4, atol=1e-5) if device == "cpu" else dict(rtol=1e-3, atol=1e-4)))
     assert losses(models[1]) == pytest.approx(losses(models[0]), rel=1e-3, abs=1e-4)
     assert models[0]._n_updates == models[1]._n_updates == 6 and not models[0]._graphs
-    assert set(models[1]._graphs["updates"].updates) == {40, 16} and len(models[1].policy._graphs) == 1
+    assert set(models[1]._graphs["updates"].updates) == {20, 8} and len(models[1].policy._graphs) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -222,17 +222,17 @@ def test_what_is_saved_for_gradients_is_kept_until_all_streams_are_done(monkeypa
 
 def test_fpo_that_is_not_finite():
     model = make_fpo()
-    model.learn(96)
+    model.learn(48)
     before = weights(model)
     # (a loss that is finite, but for its gradient)
     model.vf_coef = 1e38
     with pytest.raises(
         ValueError, match=r"The gradient is not finite .policy loss: .*training stopped before it reached the w"
     ):
-        model.learn(96)
+        model.learn(48)
     assert all(th.equal(value, before[name]) for name, value in weights(model).items())
     model.vf_coef = 0.25
-    model.learn(96)
+    model.learn(48)
     assert any(not th.equal(value, before[name]) for name, value in weights(model).items())
 
 
@@ -320,7 +320,7 @@ def test_nothing_of_it_is_saved(make):
     models = {compiled: make(compile=compiled) for compiled in (False, True)}
     files = {}
     for compiled, model in models.items():
-        model.learn(96) if make is make_fpo else model.learn_offline(10)
+        model.learn(48) if make is make_fpo else model.learn_offline(10)
         files[compiled] = io.BytesIO()
         model.save(files[compiled])
     state, plain = (models[compiled].policy.optimizer.state_dict() for compiled in (True, False))
@@ -344,14 +344,14 @@ def test_nothing_of_it_is_saved(make):
                 loaded.learn_offline(3)
             else:
                 assert loaded.policy.captures_forward is loaded.compile
-                loaded.learn(96)
+                loaded.learn(48)
             assert bool(loaded._graphs) is loaded.compile
 
 
 @pytest.mark.parametrize("make", [make_fpo, make_fql])
 def test_copies_have_graphs_of_their_own(make):
     model = make()
-    model.learn(96) if make is make_fpo else model.learn_offline(10)
+    model.learn(48) if make is make_fpo else model.learn_offline(10)
     assert model._graphs
     copied = copy.deepcopy(model.policy)
     assert all(th.equal(a, b) for a, b in zip(copied.state_dict().values(), model.policy.state_dict().values(), strict=True))
@@ -372,7 +372,7 @@ class Collect(nn.Module):
 def test_trace_of_a_policy():
     """A trace is of the plain modules, not of the memory of a graph."""
     model = make_fpo()
-    model.learn(96)
+    model.learn(48)
     collect, obs = Collect(model.policy), th.randn(4, 3)
     with th.no_grad():
         traced = th.jit.trace(collect, obs, check_trace=False)
@@ -517,18 +517,18 @@ def test_fql_is_captured_again_obstacle(name):
 @pytest.mark.filterwarnings("ignore:`compile=True`")
 @pytest.mark.parametrize("name", [*FPO_CHANGES])
 def test_fpo_is_captured_again_obstacle(name):
-    assert not is_kept(make_fpo(n_epochs=1), FPO_CHANGES[name], lambda model: model.learn(96))
+    assert not is_kept(make_fpo(n_epochs=1), FPO_CHANGES[name], lambda model: model.learn(48))
 
 
 @pytest.mark.parametrize("change", [lambda m: m.policy.set_sampler(n_flow_steps=3), lambda m: m.policy.set_sampler("sde")])
 def test_rollouts_are_captured_again(change):
     model = make_fpo()
-    model.learn(96)
+    model.learn(48)
     ((_, before),) = model.policy._graphs.values()
-    model.learn(96)
+    model.learn(48)
     assert [function for _, function in model.policy._graphs.values()] == [before]
     change(model)
-    model.learn(96)
+    model.learn(48)
     ((_, after),) = model.policy._graphs.values()
     assert after is not before
 
@@ -538,7 +538,7 @@ def test_graphs_survive_what_does_not_concern_them():
     evaluation = EvalCallback(gym.make("Pendulum-v1"), eval_freq=3, n_eval_episodes=1, verbose=0, warn=False)
     assert is_kept(model, lambda model: None, lambda model: model.learn_offline(5, evaluation))
     assert is_kept(model, save, lambda model: model.learn_offline(5))
-    assert is_kept(make_fpo(learning_rate=lambda progress: 1e-3 * progress), save, lambda model: model.learn(96))
+    assert is_kept(make_fpo(learning_rate=lambda progress: 1e-3 * progress), save, lambda model: model.learn(48))
 
 
 class Reads(set):
@@ -567,7 +567,7 @@ def test_all_that_a_graph_reads_of_a_model_is_compared(monkeypatch, algorithm, m
     monkeypatch.setattr(algorithm, "__getattribute__", recorded, raising=False)
     if algorithm is FPO:
         model = make_fpo(clip_range_vf=0.2, ent_coef=0.1, bounds_loss_coef=0.1)
-        model.learn(96)
+        model.learn(48)
         others = {"policy", "clip_range_vf", "__dict__", "__class__"}
     else:
         model = make_fql(n_steps=2, dataset_kwargs=dict(reward_scale=2.0))
@@ -629,7 +629,7 @@ def test_obstacle(make, reason):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
-                model.learn(96) if make is make_fpo else model.learn_offline(5)
+                model.learn(48) if make is make_fpo else model.learn_offline(5)
         texts = {str(warning.message) for warning in caught if "compile=True" in str(warning.message)}
         assert len(texts) == compiled and all(reason in text for text in texts)
         assert len([warning for warning in caught if "compile=True" in str(warning.message)]) <= 2
@@ -643,7 +643,7 @@ def test_obstacle_target_kl():
         models.append(make_fpo(target_kl=1e-7, compile=compiled))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            models[-1].learn(96 * 3)
+            models[-1].learn(48 * 3)
         assert any("target_kl" in str(warning.message) for warning in caught) is compiled
     assert_close(*models)
     assert models[1]._n_updates < 9

@@ -24,6 +24,7 @@ from torch import nn
 
 from sb3_flow import FPO, FQL, distributed
 from sb3_flow.distributed import RankError
+from sb3_flow.fpo import fpo as fpo_module
 
 N_RANKS = 2
 N_TRANSITIONS = 64
@@ -57,12 +58,12 @@ def fpo_update(config, rank=None):
         return th.randn((N_TRANSITIONS, *shape), generator=generator)
 
     samples = [draw(3), draw(1), draw(), draw(), 3 * draw() + 1, draw()]
-    pairs = []
-    for _ in range(2):
-        timesteps = 0.1 * th.randint(1, 11, (N_TRANSITIONS, 1, 8), generator=generator)
-        weights = th.ones(N_TRANSITIONS, 1, 8)
-        pairs.append([draw(1 + model.n_baseline_actions, 1, 1), draw(1, 8, 1), timesteps, weights])
-        pairs[-1][0][:, 0, 0] = samples[1]
+    # Pairs, and baseline actions: for the ratio, and for the entropy
+    pairs = [
+        [draw(8, 1), 0.1 * th.randint(1, 11, (N_TRANSITIONS, 8), generator=generator), th.ones(N_TRANSITIONS, 8)]
+        for _ in range(2)
+    ]
+    baseline_actions = [draw(model.n_baseline_actions, 1) for _ in range(2)]
 
     # Those of a rank are together. Of each minibatch, a rank has its share
     share, size = N_TRANSITIONS // N_RANKS, model.batch_size // N_RANKS
@@ -80,11 +81,13 @@ def fpo_update(config, rank=None):
     position[rows] = th.arange(len(rows))
 
     data = RolloutBufferSamples(*(column[rows] for column in samples))
-    draws = iter([[column[rows] for column in columns] for columns in pairs])
+    draws, baseline_draws = iter(pairs), iter(baseline_actions)
     model.rollout_buffer.get = lambda batch_size: iter([data])
-    model._draw_baseline_and_pairs = lambda observations, actions: tuple(next(draws))
+    model._draw_baseline_actions = lambda observations, n_transitions: next(baseline_draws)[rows]
     model._shuffled_minibatches = lambda n_transitions: iter([position[minibatch] for minibatch in epochs[1]])
-    model.train()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(fpo_module, "draw_pairs", lambda *args: [column[rows] for column in next(draws)])
+        model.train()
     return model.policy.state_dict(), dict(model.logger.name_to_value)
 
 

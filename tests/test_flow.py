@@ -452,3 +452,20 @@ def test_flow_learns_a_mixture(prediction_type, skip_connection):
         assert th.allclose(in_mode.std(dim=0), th.full((2,), std), atol=0.1)
     # Hardly anything in between
     assert (distances.min(dim=1).values > 5 * std).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("n_times", [1, 2, 6])
+@pytest.mark.parametrize("skip_connection", [True, False])
+def test_points_that_share_their_timesteps(n_times, skip_connection):
+    """Timesteps of the first points hold for the next ones too: output and gradients of the network, written plainly."""
+    th.manual_seed(0)
+    network = FlowNetwork(4, 2, [6, 5], output_scale=3.0, skip_connection=skip_connection).double()
+    inputs = [th.rand(shape, dtype=th.float64, requires_grad=True) for shape in ((5, 4), (5, 6, 2), (5, n_times))]
+    features, x, timesteps = inputs
+    repeated = th.cat([timesteps] * (6 // n_times), dim=1)
+    expected = network.forward_plain(features, x, repeated)
+    weights, wanted = th.randn_like(expected), [*inputs, *network.parameters()]
+    gradients = th.autograd.grad(expected, wanted, weights)
+    for output in (network(*inputs), network.forward_plain(*inputs), network(features, x, repeated)):
+        th.testing.assert_close(output, expected)
+        th.testing.assert_close(th.autograd.grad(output, wanted, weights), gradients)

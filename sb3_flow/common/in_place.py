@@ -83,23 +83,14 @@ def is_plain(module: nn.Module) -> bool:
 def runs_in_place(*inputs: th.Tensor) -> bool:
     """
     :param inputs: Inputs of a network
-    :return: whether they are ordinary and (batch, ...), and all that is asked for is the numbers that come out: no gradients,
-        no trace, no other precision
-    """
-    return not th.is_grad_enabled() and all(x.dim() == 2 for x in inputs) and are_ordinary(*inputs)
-
-
-def are_ordinary(*inputs: th.Tensor) -> bool:
-    """
-    :param inputs: Inputs of a network
-    :return: whether they are as many, of the same precision, and computed with as they are: not traced, not in another
-        precision
+    :return: whether they are ordinary, (batch, ...) and of the same precision, and all that is asked for is the numbers that
+        come out: no gradients, no trace, no other precision
     """
     first = inputs[0]
-    if is_transformed() or first.dtype not in (th.float32, th.float64):
+    if th.is_grad_enabled() or is_transformed() or first.dtype not in (th.float32, th.float64):
         return False
     for x in inputs:
-        if type(x) is not th.Tensor or x.layout is not th.strided or x.dtype is not first.dtype:
+        if type(x) is not th.Tensor or x.layout is not th.strided or x.dtype is not first.dtype or x.dim() != 2:
             return False
         if x.shape[0] != first.shape[0]:
             return False
@@ -119,7 +110,6 @@ class PlainMLP:
         self.weights, self.biases = (
             [cast(nn.Parameter, linear._parameters[name]) for linear in linears] for name in ("weight", "bias")
         )
-        self.kinds = [type(function) for function in functions]
         #: They write over their argument
         self.activations = [ELEMENTWISE[type(function)] or partial(_overwrite, function) for function in functions]
         # What tells whether anything has changed, to be compared in few calls too
@@ -152,11 +142,6 @@ class PlainMLP:
                 if type(parameter) is not nn.Parameter or parameter.dtype is not dtype or parameter.layout is not th.strided:
                     return None
         return PlainMLP([*parents, *(part for part in parts if type(part) is nn.Sequential)], layers)
-
-    @property
-    def layers(self) -> list[nn.Parameter]:
-        """Weight and bias of each layer."""
-        return [parameter for layer in zip(self.weights, self.biases, strict=True) for parameter in layer]
 
     def _get_state(self) -> tuple[list, ...]:
         parameters = [*itertools.chain.from_iterable([parameters.values() for parameters in self._parameters])]

@@ -13,13 +13,11 @@ from torch import nn
 from sb3_flow.common.activations import ELEMENTWISE, TanhGELU
 from sb3_flow.common.checks import to_float, to_int
 from sb3_flow.common.flow import sampler_grid, standard_normal_flow, standard_normal_std, timestep_range, to_velocity
-from sb3_flow.common.flow_mlp import WITH_DERIVATIVE, flow_mlp
 from sb3_flow.common.in_place import (
     PLAIN,
     EulerIntegrator,
     Memory,
     PlainMLP,
-    are_ordinary,
     euler_coefficients,
     is_plain,
     methods_of,
@@ -134,10 +132,6 @@ class FlowNetwork(nn.Module):
         :param timesteps: (batch, n), or (batch, m): those of the first m points, of the next m, ...
         :return: (batch, n, action_dim)
         """
-        mlp = self._plain_mlp(features, x, timesteps)
-        if mlp is not None and WITH_DERIVATIVE.keys() >= {*mlp.kinds}:
-            output = flow_mlp(mlp.kinds, mlp.layers, features, x, self.timestep_embedding(timesteps))
-            return self._scale_and_skip(output, x, timesteps)
         if not self._has_plain_input_layer():
             return self.forward_plain(features, x, timesteps)
         # Each input as often as it is another one
@@ -147,13 +141,6 @@ class FlowNetwork(nn.Module):
         from_x = nn.functional.linear(x, weight_x).unflatten(1, (-1, timesteps.shape[1]))
         hidden = (from_features.unsqueeze(1) + from_times).unsqueeze(1) + from_x
         return self._from_first_layer(hidden.flatten(0, 2), x, timesteps)
-
-    def _plain_mlp(self, *inputs: th.Tensor) -> PlainMLP | None:
-        """All layers, None unless they are plain, on a CPU, and there is nothing special about the inputs."""
-        if inputs[0].device.type != "cpu" or not are_ordinary(*inputs):
-            return None
-        mlp = PlainMLP.find([self.input_layer, self.layers], inputs[0].dtype, [self, self.timestep_embedding])
-        return None if mlp is None or not mlp.kinds else mlp
 
     def _input_weights(self) -> tuple[th.Tensor, ...]:
         """Those of the first layer for the features, x, and the features of the time."""

@@ -1,4 +1,4 @@
-"""Optimizers, and the clipping of gradients."""
+"""Optimizers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,20 +25,3 @@ def make_optimizer(
     if optimizer_class in (th.optim.Adam, th.optim.AdamW) and not chosen and is_possible:
         kwargs["fused"] = True
     return optimizer_class(parameters, **kwargs)
-
-
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> th.Tensor:
-    """
-    Clip the norm of the gradients of all parameters together, in place: ``clip_grad_norm_`` of PyTorch, in half the time.
-
-    :param parameters: The parameters, those without a gradient are passed over
-    :param max_norm: Largest norm
-    :return: the norm before
-    """
-    parameters = list(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if len({(gradient.device, gradient.dtype, gradient.layout) for gradient in gradients}) != 1:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-    norm = th.linalg.vector_norm(th.stack(th._foreach_norm(gradients)))
-    th._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm

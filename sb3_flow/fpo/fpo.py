@@ -40,7 +40,6 @@ from sb3_flow.common.flow import (
     squared_error,
     to_action,
 )
-from sb3_flow.common.optimizers import clip_grad_norm
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
 from sb3_flow.distributed import DistributedOnPolicyAlgorithm, learns_together
@@ -583,7 +582,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         distributed.average_gradients(self.policy.parameters())
         # Clip grad norm
         max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
-        return clip_grad_norm(self.policy.parameters(), max_grad_norm)
+        return th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
 
     def _captured_updates(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> "CapturedUpdates | None":
         """
