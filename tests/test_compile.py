@@ -292,6 +292,26 @@ def test_an_update_after_one_that_is_not_finite_changes_nothing():
     assert model.policy.optimizer.state_dict()["state"][0]["step"].item() == step
 
 
+def test_a_run_that_was_interrupted_and_not_finite():
+    """It is told before the next one does anything."""
+    model = make_fql()
+    model.learn_offline(5)
+    break_rewards(model)
+
+    def interrupt(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.learn_offline(6, AtStep(3, interrupt))
+    model.offline_buffer.rewards.zero_()
+    n_updates = model._n_updates
+    with pytest.raises(ValueError, match="critic: inf"):
+        model.learn_offline(6)
+    assert model._n_updates == n_updates
+    model.learn_offline(6)
+    assert model._n_updates == n_updates + 6
+
+
 # --- What is saved and copied
 
 

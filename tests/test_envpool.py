@@ -271,6 +271,27 @@ def test_a_model_changes_to_the_ordinary_environment(tmp_path):
         evaluate_policy(model, make_envpool(CHEETAH, 2, max_episode_steps=5), n_eval_episodes=3)
 
 
+def test_threads_are_not_more_than_the_cores_of_this_process():
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("no way to choose cores here")
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, [min(cores)])
+        assert make_envpool(HOPPER, 4)._options_of_task["num_threads"] == 1
+        assert make_envpool(HOPPER, 4, num_threads=3)._options_of_task["num_threads"] == 3
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.parametrize("actions", [[0, 2], [-1, 0], [0.0, 1.0], [True, False]])
+def test_discrete_actions(actions):
+    env = make_envpool("CartPole-v1", 2)
+    env.reset()
+    env.step(np.array([0, 1]))
+    with pytest.raises(ValueError, match="integers from 0 to 1, they are"):
+        env.step(np.array(actions))
+
+
 def test_other_tasks_of_envpool():
     """Discrete actions, images."""
     PPO("MlpPolicy", make_envpool("CartPole-v1", 2), n_steps=16, batch_size=16, n_epochs=1).learn(32)
@@ -296,13 +317,16 @@ def test_other_tasks_of_envpool():
         (dict(n_envs=2.5), "`n_envs` must be an integer"),
         (dict(seed=-1), "`seed` must not be negative"),
         (dict(seed="a"), "`seed` must be an integer"),
+        (dict(seed=2**32), r"`seed` must be less than 2\*\*32, it is 4294967296"),
         (dict(ctrl_cost_wait=1.0), r"`ctrl_cost_wait` is not an option of Hopper-v5.*did you mean 'ctrl_cost_weight'\?"),
         (dict(ctrl_cost_weight="high"), "`ctrl_cost_weight` must be a float, it is 'high'"),
         (dict(ctrl_cost_weight=True), "`ctrl_cost_weight` must be a float, it is True"),
         (dict(terminate_when_unhealthy=1), "`terminate_when_unhealthy` must be a bool, it is 1"),
         (dict(max_episode_steps=0), "`max_episode_steps` must be at least 1"),
         (dict(max_episode_steps=1.5), "`max_episode_steps` must be an integer"),
+        (dict(max_episode_steps=2**31), "`max_episode_steps` must be at most 2147483647, it is 2147483648"),
         (dict(num_threads=-1), "`num_threads` must be at least 0"),
+        (dict(num_threads=None), "`num_threads` must be an integer"),
         (dict(frame_skip=0), "`frame_skip` must be at least 1"),
         (dict(info_keywords=("is_success",)), "no 'is_success' in the info of Hopper-v5, it has x_position, x_velocity"),
         *((dict([(name, 1)]), f"`{name}` is not an option.*: {why[:20]}") for name, why in module.NOT_OPTIONS.items()),

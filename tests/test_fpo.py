@@ -97,6 +97,26 @@ def test_every_transition_once_per_epoch():
         assert th.equal(indices.sort().values, th.arange(128))
 
 
+@pytest.mark.parametrize(
+    ("points", "times"), [((), ()), ((4,), (1,)), ((2, 3, 4), (1, 3, 4)), ((2, 3, 4), (2, 1, 4)), ((2, 3, 4), (1, 3, 1))]
+)
+def test_any_number_of_points(points, times):
+    """Whatever their shape, and however their times broadcast to it, the output is that of each by itself."""
+    policy, obs = make_model().policy, th.randn(5, 3)
+    x_t, timesteps = th.randn(5, *points, 1), th.rand(5, *times)
+    expected = policy.flow_output(obs.repeat_interleave(x_t[0].numel(), 0), x_t.reshape(-1, 1, 1),
+                                  timesteps.expand(5, *points).reshape(-1, 1))  # fmt: skip
+    for outputs in (policy.flow_output(obs, x_t, timesteps), policy.evaluate_flow(obs, x_t, timesteps)[1]):
+        th.testing.assert_close(outputs, expected.view(x_t.shape))
+
+
+def test_times_of_another_shape():
+    policy = make_model().policy
+    with pytest.raises(RuntimeError):
+        # (not those of the first two points, and of the next two)
+        policy.flow_output(th.randn(5, 3), th.randn(5, 4, 1), th.rand(5, 2))
+
+
 @pytest.mark.parametrize("n_baseline_actions", [0, 2])
 @pytest.mark.parametrize(
     ("prediction_type", "supervision", "loss_reduction"),

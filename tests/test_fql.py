@@ -1078,6 +1078,23 @@ class PartlyFrozen(FlattenExtractor):
         return self.layer(super().forward(observations))
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_critics_do_not_stay_frozen_after_an_error(monkeypatch, call):
+    """Ctrl-C, or too little memory, in whichever call of them."""
+    model, forward, calls = make_model(), EnsembleMLP.forward, []
+
+    def interrupted(self, *args):
+        calls.append(self)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    monkeypatch.setattr(EnsembleMLP, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn_offline(1)
+    assert all(parameter.requires_grad for parameter in model.critic.parameters())
+
+
 def test_what_is_frozen_of_the_critics_stays_frozen():
     kwargs = dict(net_arch=[4, 4], features_extractor_class=PartlyFrozen)
     model = FQL("MlpPolicy", "Pendulum-v1", batch_size=4, learning_starts=4, device="cpu", policy_kwargs=kwargs)

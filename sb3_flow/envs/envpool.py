@@ -133,6 +133,8 @@ NOT_OPTIONS = {
 }
 #: Options that cannot be less
 AT_LEAST = {"max_episode_steps": 1, "frame_skip": 1, "num_threads": 0, "thread_affinity_offset": -1}
+#: Nor more: integers of EnvPool have 32 bits
+INT_MAX = 2**31 - 1
 
 
 def import_envpool() -> ModuleType:
@@ -250,6 +252,8 @@ def check_options(envpool_id: str, options: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"`{name}` must be a {kind.__name__}, it is {value!r}")
         if name in AT_LEAST and value < AT_LEAST[name]:
             raise ValueError(f"`{name}` must be at least {AT_LEAST[name]}, it is {value}")
+        if kind is int and value > INT_MAX:
+            raise ValueError(f"`{name}` must be at most {INT_MAX}, it is {value}")
         checked[name] = kind(value)
     return checked
 
@@ -279,12 +283,15 @@ class EnvPoolVecEnv(VecEnv):
         n_envs = to_int("n_envs", n_envs, at_least=1)
         self._envpool_id = envpool_id
         self._options_of_task = check_options(envpool_id, options)
+        if not self._options_of_task.get("num_threads") and hasattr(os, "sched_getaffinity"):
+            # EnvPool counts the cores of the machine, whichever of them this process may use
+            self._options_of_task["num_threads"] = min(n_envs, len(os.sched_getaffinity(0)))
         spec = import_envpool().make_spec(envpool_id, num_envs=n_envs, **self._options_of_task)
         if spec.config.max_num_players > 1:
             raise ValueError(f"{envpool_id} has several players, of whom SB3 knows one")
         # EnvPool does not tell a termination in the last step of the limit from a truncation: the limit is our own
         self._limit = spec.config.max_episode_steps
-        self._options_of_task["max_episode_steps"] = min(self._limit + 1, np.iinfo(np.int32).max)
+        self._options_of_task["max_episode_steps"] = min(self._limit + 1, INT_MAX)
         #: Whether an episode that comes to its end at the limit is truncated all the same
         self._limit_comes_first = ORDINARY.get(envpool_id, "").startswith("dm_control/")
         #: Parts of the observation, in the order of ``FlattenObservation``. None if there is only one
@@ -327,6 +334,8 @@ class EnvPoolVecEnv(VecEnv):
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         if seed is not None:
             seed = to_int("seed", seed, at_least=0)
+            if seed >= 2**32:
+                raise ValueError(f"`seed` must be less than 2**32, it is {seed}")
         return super().seed(seed)
 
     def set_options(self, options: list[dict] | dict | None = None) -> None:
@@ -356,6 +365,11 @@ class EnvPoolVecEnv(VecEnv):
             raise ValueError(f"actions have the shape {actions.shape}, expected {expected}")
         if not np.isfinite(actions).all():
             raise ValueError(f"actions are not all finite: {actions}")
+        if isinstance(self.action_space, spaces.Discrete):
+            first, n_actions = self.action_space.start, self.action_space.n
+            is_inside = (first <= actions) & (actions < first + n_actions)
+            if not np.issubdtype(actions.dtype, np.integer) or not is_inside.all():
+                raise ValueError(f"actions must be integers from {first} to {first + n_actions - 1}, they are {actions}")
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:

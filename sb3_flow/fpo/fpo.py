@@ -195,7 +195,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         By default, there is no limit.
     :param compile: On CUDA, run each forward pass of a rollout, and each update, as one captured graph: the same numbers, but
         for rounding. What cannot be captured (``target_kl``, networks and optimizers of your own, ...) runs as without it,
-        with a warning that names it. It makes no difference on a CPU, nor to what is saved.
+        with a warning that names it. On a CPU there are no graphs. It makes no difference to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)

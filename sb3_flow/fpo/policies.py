@@ -561,10 +561,13 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def _flow_output(self, latent_pi: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         self._check_action_net()
+        shape = x_t.shape[:-1]
         # Timesteps that all actions have in common are taken once, by a network that is known to
-        if not (is_plain(self.action_net) and timesteps.shape[2:] == x_t.shape[2:-1]):
-            timesteps = timesteps.expand(x_t.shape[:-1])
-        return self.action_net(latent_pi, x_t.flatten(1, -2), timesteps.flatten(1)).view(x_t.shape)
+        if not (is_plain(self.action_net) and timesteps.shape == (shape[0], 1, *shape[2:])):
+            timesteps = timesteps.expand(shape)
+        # (there may be a single point)
+        outputs = self.action_net(latent_pi, x_t.unsqueeze(1).flatten(1, -2), timesteps.unsqueeze(1).flatten(1))
+        return outputs.view(x_t.shape)
 
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
         """

@@ -116,7 +116,7 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
     :param compile: On CUDA, run each update (and the drawing of its batch, if it is from the dataset only) as one captured
         graph: the same numbers, but for rounding. Offline the device is then waited for, and losses are recorded, when logs
         are written. What cannot be captured (networks and optimizers of your own, ...) runs as without it, with a warning that
-        names it. It makes no difference on a CPU, nor to what is saved.
+        names it. On a CPU there are no graphs. It makes no difference to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -639,11 +639,14 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
         actions = self.actor.unclipped_actions(batch.observations, noise)
         # The critics are held fixed (some of their parameters may be anyway)
         trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
+        finally:
+            # (Ctrl-C, or too little memory, and then the training goes on)
+            for parameter in trained:
+                parameter.requires_grad_(True)
         return actions, q_values
 
     def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
@@ -753,6 +756,8 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
         dones = np.zeros(self.n_envs, dtype=bool)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
 
+        # Of a training that was interrupted
+        self._wait_for_graphs()
         continue_training = True
         self._graphs.is_queue = True
         try:
