@@ -33,7 +33,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from gymnasium import spaces
@@ -156,7 +156,7 @@ class Ordinary:
         self.env = make_ordinary(env_id)
         assert isinstance(self.env.action_space, spaces.Box)
         self.action_space = self.env.action_space
-        self.unwrapped: Any = self.env.unwrapped
+        self.unwrapped = cast(Any, self.env.unwrapped)
         #: of dm_control, None of gymnasium's own environments
         self.physics = self.unwrapped._env.physics if env_id.startswith("dm_control/") else None
 

@@ -27,9 +27,11 @@ import traceback
 import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -154,20 +156,24 @@ def noise_of_the_cpu() -> Iterator[None]:
     import torch as th
 
     generator = th.Generator().manual_seed(0)
-    originals = th.randn_like, th.rand
-    th.randn_like = lambda x: th.randn(x.shape, generator=generator).to(x)
-    th.rand = lambda n, device=None: originals[1](n, generator=generator).to(device)
-    try:
+    rand = th.rand
+
+    def randn_like(x: Any) -> Any:
+        return th.randn(x.shape, generator=generator).to(x)
+
+    def rand_there(n: int, device: Any = None) -> Any:
+        return rand(n, generator=generator).to(device)
+
+    with patch.object(th, "randn_like", randn_like), patch.object(th, "rand", rand_there):
         yield
-    finally:
-        th.randn_like, th.rand = originals
 
 
 def cpu_against_cuda_fql(device: str) -> Row:
     import torch as th
     from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-    data, results = dataset(n=BATCH), []
+    data = dataset(n=BATCH)
+    results: list[Any] = []
     parameters = None
     for where in ("cpu", device):
         model = make_fql(where, data=data)
@@ -233,15 +239,12 @@ def variant(name: str) -> Iterator[None]:
     from sb3_flow.common import cuda_graphs
     from sb3_flow.fql import fql as algorithm
 
-    originals = algorithm.in_parallel, cuda_graphs.saved_tensors_hooks
-    if name == "one stream":
-        algorithm.in_parallel = in_turn
-    elif name == "nothing kept":
-        cuda_graphs.saved_tensors_hooks = lambda *hooks: contextlib.nullcontext()
-    try:
+    with contextlib.ExitStack() as patches:
+        if name == "one stream":
+            patches.enter_context(patch.object(algorithm, "in_parallel", in_turn))
+        elif name == "nothing kept":
+            patches.enter_context(patch.object(cuda_graphs, "saved_tensors_hooks", lambda *hooks: contextlib.nullcontext()))
         yield
-    finally:
-        algorithm.in_parallel, cuda_graphs.saved_tensors_hooks = originals
 
 
 def compiled_against_eager_fql(device: str, n: int, how: str = "side by side", online: int = 0, **kwargs: Any) -> Row:
@@ -303,14 +306,13 @@ def capture_that_fails(device: str) -> Row:
 
     from sb3_flow.fql import fql as algorithm
 
-    original, results = algorithm.cfm_loss, {}
+    cfm_loss, results = algorithm.cfm_loss, {}
 
     def waits(*args: Any) -> Any:
         th.zeros((), device=device).item()
-        return original(*args)
+        return cfm_loss(*args)
 
-    algorithm.cfm_loss = waits
-    try:
+    with patch.object(algorithm, "cfm_loss", waits):
         for name in ("eager", "perturbed", "compiled"):
             model = make_fql(device, data=dataset(n=2000), net=[64, 64], compile=name == "compiled")
             before = weights(model)
@@ -318,8 +320,6 @@ def capture_that_fails(device: str) -> Row:
                 perturb(model)
             model.learn_offline(20, log_interval=None)
             results[name] = weights(model)
-    finally:
-        algorithm.cfm_loss = original
     captured = [update.function.graph is not None for _, update in model._graphs.values()]
     return compared(results, before, captured == [False])
 
@@ -438,7 +438,7 @@ def correctness(device: str, quick: bool) -> Row:
 # --- Speed
 
 
-def seconds(sides: dict[str, Callable[[], Any]], synchronize: Callable[[], None], repeats: int) -> dict[str, list[float]]:
+def seconds(sides: Mapping[str, Callable[[], Any]], synchronize: Callable[[], None], repeats: int) -> dict[str, list[float]]:
     """Of repeats that alternate between the sides."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for function in sides.values():
@@ -529,7 +529,7 @@ def fql(device: str, quick: bool, official: Path | None) -> Row:
                 model.learn_offline(10, log_interval=None)
             sides[name] = n if compiled else n_eager, model.learn_offline
             if precision == "float32" and not how:
-                peak = peak_memory(device, lambda model=model: model.learn_offline(10))
+                peak = peak_memory(device, partial(model.learn_offline, 10))
                 results[f"{name}, peak memory (MiB)"] = peak
             if name == "compiled":
                 # How long the host needs to queue them: it must be less than what the device needs to run them
@@ -544,7 +544,7 @@ def fql(device: str, quick: bool, official: Path | None) -> Row:
 
                 stack.enter_context(jax.default_matmul_precision(jax_precision))
                 sides["official"], sides["official, batches from the host"] = ((n, side) for side in make_official(official))
-            functions = {name: lambda n=n, side=side: side(n) for name, (n, side) in sides.items()}
+            functions = {name: partial(side, n) for name, (n, side) in sides.items()}
             times = seconds(functions, synchronizer(device), repeats)
         for name, (count, _) in sides.items():
             rates = sorted(count / x for x in times[name])
@@ -590,7 +590,7 @@ def forward(device: str, quick: bool) -> Row:
         for policy in policies.values():
             policy.set_training_mode(False)
         what = f"forward of {n_obs} observations"
-        sides = {name: lambda policy=policy: call(policy) for name, policy in policies.items()}
+        sides = {name: partial(call, policy) for name, policy in policies.items()}
         results |= compared_with_ppo(what, seconds(sides, synchronizer(device), repeats), n)
     return results
 
@@ -604,8 +604,13 @@ def train(device: str, quick: bool) -> Row:
         "FPO compiled": make_on_policy("FPO", device, n_envs, compile=True, **settings),
     }
     results: Row = dict(environments=n_envs, **settings)
+
+    def collect_and_train(model: Any) -> None:
+        collect(model)
+        model.train()
+
     for name, model in models.items():
-        results[f"{name}, peak memory (MiB)"] = peak_memory(device, lambda model=model: (collect(model), model.train()))
+        results[f"{name}, peak memory (MiB)"] = peak_memory(device, partial(collect_and_train, model))
     times = seconds({name: model.train for name, model in models.items()}, synchronizer(device), repeats)
     return results | compared_with_ppo("train()", times)
 

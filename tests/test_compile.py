@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 import weakref
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -490,8 +491,14 @@ FQL_CHANGES = {
     "precision": lambda m: th.set_float32_matmul_precision("high"),
     "method": lambda m: setattr(m, "_bc_flow_loss", lambda batch: th.zeros(())),
 }
+
+
+def set_attribute(name, value, model):
+    setattr(model, name, value)
+
+
 FPO_CHANGES = {
-    **{name: lambda m, name=name, value=value: setattr(m, name, value) for name, value in dict(
+    **{name: partial(set_attribute, name, value) for name, value in dict(
         ent_coef=0.1, vf_coef=1.0, max_grad_norm=1.0, bounds_loss_coef=0.5, supervision="velocity", loss_reduction="sum",
         ratio_type="per_sample", trust_region="spo", cfm_loss_clip=5.0, log_ratio_clip=1.0, normalize_advantage=False,
         positive_advantage=True, n_mc_samples=4, n_baseline_actions=1, target_kl=10.0, clip_range_vf=lambda _: 0.1,
