@@ -10,7 +10,6 @@ The results go to benchmarks/results/distributed.json, and the table beside it.
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from runs import ROOT, provenance, write_result
+from runs import ROOT, provenance, write_result, write_table
 
 RESULTS = Path(__file__).parent / "results" / "distributed.json"
 TASK = "dm_control/cheetah-run-v0"
@@ -139,15 +138,6 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
     return lines
 
 
-def write(rows: list[dict], results: Path) -> None:
-    """Print the table, and leave it, for the docs, beside the results."""
-    lines = [HEADER, *table(rows)]
-    with open(results.with_suffix(".csv"), "w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    for line in [HEADER, ["---"] * len(HEADER), *lines[1:]]:
-        print("|", " | ".join(line), "|")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help="; ".join(CASES))
@@ -165,7 +155,7 @@ def main() -> None:
             print("\n" + json.dumps(results), flush=True)
         return
     if args.table_only:
-        write(json.loads(args.results.read_text())["rows"], args.results)
+        write_table(args.results.with_suffix(".csv"), HEADER, table(json.loads(args.results.read_text())["rows"]))
         return
 
     rows: list[dict[str, Any]] = [dict(name=name, **{f"{number}": [] for number in N_PROCESSES}) for name in args.only]
@@ -181,7 +171,7 @@ def main() -> None:
                 row[f"{number}"].append(result)
     source = dict(command=f"python benchmarks/distributed.py --repeats {args.repeats}", **provenance())
     write_result(args.results, dict(rows=rows, **source))
-    write(rows, args.results)
+    write_table(args.results.with_suffix(".csv"), HEADER, table(rows))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ MuJoCo that is in EnvPool 1.2.5 come first:
 """
 
 import argparse
-import csv
 import json
 import warnings
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from gymnasium import spaces
-from runs import ROOT, provenance, write_result
+from runs import ROOT, provenance, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "envpool"
 SAME_MUJOCO = RESULTS / "mujoco-3.6.0"
@@ -526,11 +525,7 @@ def main() -> None:
         print(f"{env_id}: {result['steps']['observation']['max']:.1e} in one step", flush=True)
     if args.steps_only:
         return
-    lines = [HEADER, *rows(load(args.results), load(SAME_MUJOCO))]
-    with open(args.results / "tasks.csv", "w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    for line in lines:
-        print("|", " | ".join(line), "|")
+    write_table(args.results / "tasks.csv", HEADER, rows(load(args.results), load(SAME_MUJOCO)))
 
 
 if __name__ == "__main__":

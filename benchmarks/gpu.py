@@ -100,11 +100,12 @@ def make_env(obs_dim: int, action_dim: int, n_envs: int) -> Any:
         def get_attr(self, name, indices=None):
             return [None] * n_envs
 
+        # (abstract in VecEnv, and not called here)
         def set_attr(self, name, value, indices=None):
-            raise NotImplementedError
+            raise NotImplementedError(f"there are no attributes to set, found {name!r}")
 
         def env_method(self, name, *args, indices=None, **kwargs):
-            raise NotImplementedError
+            raise NotImplementedError(f"there are no methods to call, found {name!r}")
 
         def env_is_wrapped(self, wrapper_class, indices=None):
             return [False] * n_envs
@@ -477,7 +478,7 @@ def make_official(path: Path) -> tuple[Callable[[int], None], Callable[[int], No
     :return: updates of the authors' code: with batches drawn beforehand, and as their users run it, from arrays of NumPy
     """
     sys.path.insert(0, str(path))
-    # (for distributions that FQL does not have)
+    # (for distributions that FQL does not have; to mypy, a module is no other class)
     sys.modules.setdefault("distrax", types.SimpleNamespace(Transformed=object))  # type: ignore[arg-type]
     import jax
     from agents.fql import FQLAgent, get_config

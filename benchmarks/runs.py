@@ -1,11 +1,12 @@
 """Runs of the learning benchmarks: each is one `sb3-flow train` in a process of its own, then its evaluation."""
 
+import csv
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +62,15 @@ def write_result(file: Path, result: dict[str, Any]) -> None:
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result) + "\n")
     unfinished.replace(file)
+
+
+def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Leave a table, for the docs, and print it."""
+    rows = list(rows)
+    with open(file, "w", newline="") as table:
+        csv.writer(table).writerows([header, *rows])
+    for row in [header, ["---"] * len(header), *rows]:
+        print("|", " | ".join(row), "|")
 
 
 def provenance() -> dict[str, Any]:

@@ -20,7 +20,6 @@ and a plot of the ratios beside it.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -36,7 +35,7 @@ import gymnasium as gym
 import numpy as np
 from dmc import DMC, hyperparameters
 from gymnasium import spaces
-from runs import provenance
+from runs import provenance, write_table
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 SHAPES = {"HalfCheetah": (17, 6), "Humanoid": (348, 17)}
@@ -426,11 +425,7 @@ def bar_of(row: dict, peer: str) -> float | None:
 
 def write(rows: list[dict], results: Path) -> None:
     """Print the table, and leave it, for the docs, and a plot beside the results."""
-    lines = [HEADER, *table(rows)]
-    with open(results.with_suffix(".csv"), "w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    for line in [HEADER, ["---"] * len(HEADER), *lines[1:]]:
-        print("|", " | ".join(line), "|")
+    write_table(results.with_suffix(".csv"), HEADER, table(rows))
     plot(rows, results.with_suffix(".png"))
 
 

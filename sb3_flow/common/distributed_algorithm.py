@@ -82,7 +82,8 @@ class _OfAllRanks(CallbackList):
                 progress_bar.pbar.update(self.n_others)
             if self._is_last_step():
                 # Before a checkpoint is saved
-                self.model._merge_statistics()  # type: ignore[attr-defined]
+                assert isinstance(self.model, DistributedAlgorithm)
+                self.model._merge_statistics()
         return super()._on_step()
 
     def _is_last_step(self) -> bool:

@@ -476,6 +476,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
 
     def _clip_ranges(self) -> ClipRanges:
         """Those of now (a schedule may end at zero)."""
+        # (functions by now, of numbers before _setup_model(), which mypy does not see)
         progress = self._current_progress_remaining
         clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(progress)  # type: ignore[operator]
         return ClipRanges(max(self.clip_range(progress), 1e-8), clip_range_vf)  # type: ignore[operator]

@@ -331,7 +331,7 @@ class FlowExperimentManager(CheckedExperimentManager):
             return super().create_envs(n_envs, eval_env, no_log)
         manager = self
         if self.in_envpool:
-            # (trials may run in several threads)
+            # (a copy, as trials may run in several threads; what makes one, in place of a class: rl-zoo3 only calls it)
             manager = copy.copy(self)
             manager.vec_env_class = partial(self._make_envpool, None if no_log else self.save_path)  # type: ignore[assignment]
         n_envs = distributed.share("n_envs", n_envs)
