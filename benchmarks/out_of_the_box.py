@@ -1,0 +1,175 @@
+"""
+FPO against SB3's PPO as their classes come, with no argument but the environment: `python benchmarks/out_of_the_box.py`
+
+Each run is `FPO("MlpPolicy", task, seed=seed).learn(300_000)`, or the same with PPO, in a process of its own with one thread,
+then 20 episodes from zero noise (PPO: of the mean action) and 20 stochastic ones. It leaves a JSON file in
+benchmarks/results/out_of_the_box; runs whose file is there are not repeated, so that an interrupted benchmark goes on where it
+stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). Those of other defaults are out of date.
+
+The scores of random actions, from which the ratios of the table are measured, are of 100 episodes.
+"""
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from runs import N_EVAL_EPISODES, ROOT, Job, provenance, run_jobs, write_result, write_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "out_of_the_box"
+TASKS = ("Pendulum-v1", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "LunarLanderContinuous-v3", "Swimmer-v5")
+ALGOS = ("fpo", "ppo")
+STEPS = 300_000
+N_RANDOM_EPISODES = 100
+BIN = 10_000
+
+
+def algorithm(algo: str) -> type:
+    from stable_baselines3 import PPO
+
+    from sb3_flow import FPO
+
+    return {"fpo": FPO, "ppo": PPO}[algo]
+
+
+def defaults(algo: str) -> dict[str, str]:
+    """What the class and its policy take where nothing is given."""
+    cls = algorithm(algo)
+    classes = (cls, cls.policy_aliases["MlpPolicy"])  # type: ignore[attr-defined]
+    parameters = [parameter for part in classes for parameter in inspect.signature(part).parameters.values()]
+    return {parameter.name: str(parameter.default) for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def result_file(algo: str, task: str, seed: int) -> Path:
+    return RESULTS / f"{task}-{algo}-seed{seed}.json"
+
+
+def is_done(algo: str, task: str, seed: int) -> bool:
+    file = result_file(algo, task, seed)
+    return file.exists() and json.loads(file.read_text())["defaults"] == defaults(algo)
+
+
+def run(algo: str, task: str, seed: int) -> None:
+    """One run, in this process."""
+    import torch as th
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    th.set_num_threads(1)
+    source = provenance()
+    model = algorithm(algo)("MlpPolicy", task, seed=seed)
+    history: list[tuple[int, float]] = []
+
+    def note_episodes(variables: dict[str, Any], _: Any) -> bool:
+        ended = [info["episode"]["r"] for info in variables["infos"] if "episode" in info]
+        history.extend((model.num_timesteps, episode_return) for episode_return in ended)
+        return True
+
+    model.learn(STEPS, callback=note_episodes)
+    env = make_vec_env(task, seed=10_000 + seed)
+    returns = {
+        name: [float(x) for x in evaluate_policy(model, env, N_EVAL_EPISODES, deterministic, return_episode_rewards=True)[0]]
+        for name, deterministic in (("deterministic", True), ("stochastic", False))
+    }
+    steps, episode_returns = np.array(history).T
+    bins = steps // BIN
+    result = dict(
+        algo=algo,
+        env=task,
+        steps=STEPS,
+        seed=seed,
+        **returns,
+        training_curve=[[int(i * BIN + BIN // 2), float(episode_returns[bins == i].mean())] for i in np.unique(bins)],
+        defaults=defaults(algo),
+        command=f"python benchmarks/out_of_the_box.py --tasks {task} --algos {algo} --seeds {seed}",
+        **source,
+    )
+    write_result(result_file(algo, task, seed), result)
+
+
+def random_returns(task: str) -> list[float]:
+    """Returns of random actions, measured once."""
+    import gymnasium as gym
+
+    file = RESULTS / f"{task}-random.json"
+    if not file.exists():
+        env = gym.make(task)
+        env.action_space.seed(0)
+        returns = []
+        for episode in range(N_RANDOM_EPISODES):
+            env.reset(seed=episode)
+            total, ended = 0.0, False
+            while not ended:
+                _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+                total, ended = total + float(reward), terminated or truncated
+            returns.append(total)
+        write_result(file, dict(env=task, returns=returns, **provenance()))
+    return json.loads(file.read_text())["returns"]
+
+
+def print_table() -> None:
+    """One row a task, and the mean of the ratios, from the score of random actions."""
+
+    def describe(returns: np.ndarray) -> str:
+        return f"{returns.mean():.0f} ± {returns.std():.0f}"
+
+    rows, ratios, sampled_ratios = [], [], []
+    for task in TASKS:
+        runs: dict[str, list[dict[str, Any]]] = {
+            algo: [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{task}-{algo}-seed*.json"))]
+            for algo in ALGOS
+        }
+        if not all(runs.values()):
+            continue
+        random = float(np.mean(random_returns(task)))
+        returns = {
+            (algo, mode): np.array([np.mean(run[mode]) for run in runs[algo]])
+            for algo in ALGOS
+            for mode in ("deterministic", "stochastic")
+        }
+        ratio, sampled_ratio = (
+            (returns["fpo", mode].mean() - random) / (returns["ppo", mode].mean() - random)
+            for mode in ("deterministic", "stochastic")
+        )
+        ratios.append(ratio)
+        sampled_ratios.append(sampled_ratio)
+        cells = [describe(returns[algo, mode]) for mode in ("deterministic", "stochastic") for algo in ALGOS]
+        rows.append([task, f"{random:.0f}", *cells[:2], f"{ratio:.2f}", *cells[2:], f"{sampled_ratio:.2f}"])
+    rows.append(["Mean", "", "", "", f"{np.mean(ratios):.2f}", "", "", f"{np.mean(sampled_ratios):.2f}"])
+    header = ["Task", "Random", "FPO", "PPO", "Ratio", "FPO, sampled", "PPO, sampled", "Ratio, sampled"]
+    write_table(RESULTS.with_suffix(".csv"), header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="ENV")
+    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=ALGOS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--logs", type=Path, default=Path("logs/out_of_the_box"))
+    parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run_one:
+        run(args.algos[0], args.tasks[0], args.seeds[0])
+        return
+    if not args.table_only:
+        jobs = [
+            Job(
+                result_file(algo, task, seed).stem,
+                [__file__, "--run-one", "--tasks", task, "--algos", algo, "--seeds", str(seed)],
+            )
+            for seed in args.seeds
+            for task in args.tasks
+            for algo in args.algos
+            if not is_done(algo, task, seed)
+        ]
+        print(f"{len(jobs)} runs to do", flush=True)
+        run_jobs(jobs, args.jobs, args.logs)
+    print_table()
+
+
+if __name__ == "__main__":
+    main()
