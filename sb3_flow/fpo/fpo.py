@@ -429,6 +429,8 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         # Alg. 1, line 6: draw the Monte-Carlo pairs, once, with the CFM losses under the policy that collected the rollout
         self.policy.set_training_mode(False)
         rollout = self._get_rollout()
+        if self.policy.value_normalization is not None:
+            self.policy.value_normalization.update(rollout.returns, self.policy.value_net)
         old = self._evaluate_old_policy(rollout)
 
         # Switch to train mode (this affects batch norm / dropout)
@@ -466,6 +468,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         if self.policy.ema is not None:
             self.policy.update_ema(restart=self._n_iterations < self.ema_start)
         self._n_iterations += 1
+        self.policy.update_normalization(rollout.observations)
 
         # Logs
         self._record_statistics(statistics, n_last_epoch=len(statistics) - n_before, rollout=rollout)
@@ -561,7 +564,10 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             # (both bounds are numbers, or both tensors, which mypy does not see)
             change = th.clamp(values - batch.old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
             values = batch.old_values + change
-        return F.mse_loss(batch.returns, values)
+        loss = F.mse_loss(batch.returns, values)
+        if self.policy.value_normalization is not None:
+            loss = loss / self.policy.value_normalization.std.square().to(loss)
+        return loss
 
     def _optimization_step(self, loss: th.Tensor, statistics: dict[str, th.Tensor]) -> None:
         """

@@ -9,11 +9,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.preprocessing import get_action_dim, preprocess_obs
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
-    CombinedExtractor,
-    FlattenExtractor,
     MlpExtractor,
     NatureCNN,
 )
@@ -38,6 +36,7 @@ from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
+from sb3_flow.common.normalization import NormalizedCombinedExtractor, NormalizedFlattenExtractor, ValueNormalization
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import VelocityField, check_sampler
 
@@ -120,7 +119,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         squash_output: bool = True,
         squash_type: str = "tanh",
         action_scale: float = 1.0,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] = NormalizedFlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         share_features_extractor: bool = True,
         normalize_images: bool = True,
@@ -135,6 +134,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         sampler_sigma: float = 0.05,
         action_perturbation_std: float = 0.0,
         ema_decay: float | None = None,
+        normalize_values: bool = True,
     ):
         squash_output = to_bool("squash_output", squash_output)
         _check_action_space(action_space, squash_output)
@@ -159,6 +159,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         self.sampler_sigma = to_float("sampler_sigma", sampler_sigma)
         self.action_perturbation_std = action_perturbation_std
         self.ema_decay: float | None = None
+        self.normalize_values = to_bool("normalize_values", normalize_values)
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}
         self._memory = Memory()
@@ -216,6 +217,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             self.prediction_type,
         )
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
+        self.value_normalization = ValueNormalization() if self.normalize_values else None
 
         if self.ortho_init:
             self.apply(lambda module: self.init_weights(module, gain=np.sqrt(2)))
@@ -248,6 +250,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
                 sampler_sigma=self.sampler_sigma,
                 action_perturbation_std=self.action_perturbation_std,
                 ema_decay=None if self.ema is None else self.ema_decay,
+                normalize_values=self.normalize_values,
             )
         )
         return data
@@ -353,14 +356,31 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         pi_features, vf_features = (features, features) if self.share_features_extractor else features
         value_mlp = self._value_mlp(vf_features.dtype) if runs_in_place(vf_features) else None
         if value_mlp is not None:
-            return pi_features, value_mlp(vf_features)
+            return pi_features, self._denormalize(value_mlp(vf_features))
         if self.share_features_extractor:
             latent_pi, latent_vf = self.mlp_extractor(features)
         else:
             latent_pi, latent_vf = self.mlp_extractor.forward_actor(pi_features), self.mlp_extractor.forward_critic(
                 vf_features
             )
-        return latent_pi, self.value_net(latent_vf)
+        return latent_pi, self._denormalize(self.value_net(latent_vf))
+
+    def _denormalize(self, values: th.Tensor) -> th.Tensor:
+        return values if self.value_normalization is None else self.value_normalization(values)
+
+    def update_normalization(self, obs: PyTorchObs) -> None:
+        """
+        Take the observations of a rollout into the statistics that they are normalized with.
+
+        :param obs: Observation
+        """
+        extractors = [self.features_extractor]
+        if not self.share_features_extractor:
+            extractors = [self.pi_features_extractor, self.vf_features_extractor]
+        preprocessed: Any = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+        for extractor in extractors:
+            if isinstance(extractor, (NormalizedFlattenExtractor, NormalizedCombinedExtractor)):
+                extractor.update(preprocessed)
 
     def _value_mlp(self, dtype: th.dtype) -> PlainMLP | None:
         """The value network as an MLP, None unless it is a plain one of the features."""
@@ -715,7 +735,7 @@ class FlowMultiInputPolicy(FlowPolicy):
         observation_space: spaces.Space,
         action_space: spaces.Space,
         lr_schedule: Schedule,
-        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] = NormalizedCombinedExtractor,
         **kwargs,
     ):
         super().__init__(
