@@ -1,11 +1,11 @@
 """
 What the options of FPO are worth: `python benchmarks/ablations.py`
 
-Each variant changes the defaults of the class in one thing, on four DMC tasks (500,000 steps, in EnvPool, where they are the same
-as the ordinary ones) and two of MuJoCo (300,000 steps), with 16 environments and rollouts of 2,048 transitions. Each run is one
-`sb3-flow train` in a process of its own, with one thread, then 20 episodes from zero noise and 20 stochastic ones. It leaves a
-JSON file in benchmarks/results/ablations; runs whose file is there are not repeated, so that an interrupted benchmark goes on where it
-stopped, and can be done in parts (--variants, --tasks, --seeds, --jobs).
+Each variant changes the defaults of the class in one thing, on four DMC tasks (500,000 steps, in EnvPool, where they are the
+same as the ordinary ones) and two of MuJoCo (300,000 steps), with 16 environments and rollouts of 2,048 transitions. Each run
+is one `sb3-flow train` in a process of its own, with one thread, then 20 episodes from zero noise and 20 stochastic ones. It
+leaves a JSON file in benchmarks/results/ablations; runs whose file is there are not repeated, so that an interrupted benchmark
+goes on where it stopped, and can be done in parts (--variants, --tasks, --seeds, --jobs).
 
 The table has the interquartile mean of the returns over tasks and seeds, in units of the defaults' mean on the task, with 95 %
 stratified bootstrap intervals. The seeds are not those of other results (0 to 4).
