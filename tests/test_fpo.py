@@ -353,7 +353,7 @@ def test_log_squashing(squash_type):
 def test_bounds_loss_keeps_actions_in_reach(monkeypatch):
     """... when they are driven out of the bounds, here by a reward for little entropy."""
     free, kept = (spread_without_rewards(monkeypatch, 1.5, 5, ent_coef=-0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
-    assert free > 2 and kept < 0.8 * free
+    assert free > 1.2 * 1.5 and kept < 0.8 * free
 
 
 @pytest.mark.parametrize(
@@ -493,6 +493,7 @@ def test_ema():
     predicted = model.predict(obs, deterministic=True)[0]
     rollout_action = policy.unscale_action(policy(th.zeros(4, 3), deterministic=True)[0].detach().numpy())
     assert not np.allclose(predicted, rollout_action)
+    policy.features_extractor.load_state_dict(policy.ema.module[0].state_dict())
     policy.action_net.load_state_dict(policy.ema.module[1].state_dict())
     rollout_action = policy.unscale_action(policy(th.zeros(4, 3), deterministic=True)[0].detach().numpy())
     assert np.allclose(predicted, rollout_action, atol=1e-6)

@@ -532,7 +532,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             values = batch.old_values + change
         loss = F.mse_loss(batch.returns, values)
         if self.policy.value_normalization is not None:
-            loss = loss / self.policy.value_normalization.std.square().to(loss)
+            loss = loss / self.policy.value_normalization.std.square().squeeze()
         return loss
 
     def _optimization_step(self, loss: th.Tensor, statistics: dict[str, th.Tensor]) -> None:
