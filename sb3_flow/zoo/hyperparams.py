@@ -9,6 +9,7 @@ import typing
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pprint import pprint
 from typing import Any
 
 import gymnasium as gym
@@ -452,15 +453,20 @@ class CheckedExperimentManager(ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         check_conf_file(self.config, self.env_name.gym_id, self._is_atari)
+        # A preset of the command line is above all that is in the file, its preset included
+        is_from_user = "preset" in (self.custom_hyperparams or {})
         if self.custom_hyperparams is not None:
-            # A preset of the command line is above all that is in the file
             self.custom_hyperparams = expand_preset(self.algo, self.custom_hyperparams, self._where)
         with user_input(f"argument -conf/--conf-file: {self.config}"):
             hyperparams, saved_hyperparams = super().read_hyperparameters()
         if "preset" in hyperparams:
+            if is_from_user:
+                del hyperparams["preset"]
             hyperparams = expand_preset(self.algo, hyperparams, self._where)
             # The run is that of its values, whatever becomes of the preset
             saved_hyperparams = OrderedDict(sorted(hyperparams.items()))
+            print("With those of the preset in its place:")
+            pprint(saved_hyperparams)
         check_hyperparams(self.algo, hyperparams, self._where)
         return hyperparams, saved_hyperparams
 
