@@ -42,6 +42,8 @@ from sb3_flow.common.samplers import VelocityField, check_sampler
 
 #: How raw actions are brought into the bounds.
 SQUASH_TYPES = ("clip", "tanh")
+#: Numbers of units of the hidden layers: the flow needs some to bring its inputs together, also behind a CNN
+DEFAULT_NET_ARCH: dict[str, list[int]] = dict(pi=[64, 64], vf=[256, 256])
 #: How far from the middle actions may be without a loss (``bounds_loss_coef``), in units of half the distance of the bounds,
 #: before they are squashed or clipped.
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
@@ -163,8 +165,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             observation_space,
             action_space,
             lr_schedule,
-            # The flow needs hidden layers to bring its inputs together, also behind a CNN
-            dict(pi=[64, 64], vf=[256, 256]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
+            to_net_arch(DEFAULT_NET_ARCH if net_arch is None else net_arch, ("pi", "vf")),
             activation_fn,
             to_bool("ortho_init", ortho_init),
             features_extractor_class=features_extractor_class,
