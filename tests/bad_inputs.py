@@ -157,7 +157,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"{TRAIN} -params use_sde:True", ("argument -params/--hyperparams", "'use_sde'")),
     (f"{TRAIN} -params cfm_loss:'\"foo\"'", ("argument -params/--hyperparams", "`cfm_loss`", "'foo'", "'fpo++'")),
     (f"{TRAIN} -params cfm_loss:5", ("argument -params/--hyperparams", "`cfm_loss`", "5", "'elbo'")),
-    (f"{TRAIN} -params 'cfm_loss:dict(reduction=\"max\")'", ("argument -params/--hyperparams", "reduction", "'max'", "'sqrt'")),
+    (f"{TRAIN} -params 'cfm_loss:dict(reduction=\"max\")'", ("argument -params", "reduction", "'max'", "'sqrt'")),
     (f"{TRAIN} -params 'cfm_loss:dict(supervison=\"noise\")'", ("argument -params/--hyperparams", "'supervison'")),
     (f"{TRAIN} -params supervision:'\"noise\"'", ("argument -params/--hyperparams", "'supervision'")),
     (f"{TRAIN} -params 'normalize_advantage:\"batch\"'", ("argument -params", "`normalize_advantage`", "\"rollout\"")),
