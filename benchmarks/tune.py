@@ -58,7 +58,6 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
     net_arch = NET_ARCHS[trial.suggest_categorical("net_arch", list(NET_ARCHS))]
     hyperparameters: dict[str, Any] = dict(
         env_wrapper="gymnasium.wrappers.FlattenObservation",
-        normalize=True,
         n_envs=16,
         n_timesteps=1e6,
         policy="MlpPolicy",
@@ -76,6 +75,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         return dict(**hyperparameters, policy_kwargs=f"dict({networks}, action_scale={std:.2f})")
     return dict(
         **hyperparameters,
+        normalize=True,
         policy_kwargs=f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn=nn.SiLU)",
     )
 

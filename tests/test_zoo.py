@@ -332,7 +332,7 @@ def test_optimize(monkeypatch, capsys):
              actions=np.zeros((50, 1)))  # fmt: skip
     # (with this seed trials are short)
     for algo, trial_id, seed, n_timesteps, params in [
-        ("fpo", 1, 11, 1024, ["n_envs:2"]),
+        ("fpo", 1, 7, 1024, ["n_envs:2"]),
         # The first trial is a trial like any other
         ("fql", 0, 0, 4, ["dataset:'data.npz'", "offline_steps:4", "buffer_size:100"]),
     ]:

@@ -123,7 +123,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     Paper: https://arxiv.org/abs/2507.21053 (FPO), https://arxiv.org/abs/2602.02481 (FPO++)
     Reference implementation: https://github.com/akanazawa/fpo
 
-    The defaults are what learns on most tasks. Those of the papers are in :mod:`sb3_flow.presets`.
+    The defaults are what learns on most tasks. The settings of the papers are in ``sb3_flow.presets``.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -268,6 +268,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.bounds_loss_coef = bounds_loss_coef
+        # (a CFMLoss once it is checked)
         self.cfm_loss: Any = cfm_loss
         self.n_mc_samples = n_mc_samples
         self.n_baseline_actions = n_baseline_actions
@@ -335,6 +336,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
                 )
 
     def _check_flow_steps(self) -> None:
+        self.cfm_loss = to_cfm_loss(self.cfm_loss)
         check_flow_steps(self.cfm_loss, self.policy.prediction_type, self.policy.n_flow_steps)
 
     def _setup_model(self) -> None:
@@ -642,7 +644,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             if not th.isfinite(tensor).all():
                 raise ValueError(f"NaN or inf in the {name} of the rollout: training stopped before it reached the weights")
 
-        # set_sampler() may have changed it
+        # They may have been changed since
         self._check_flow_steps()
         advantages = distributed.normalize(data.advantages) if self.normalize_advantage == "rollout" else data.advantages
         points = self._draw_points(data.observations, data.actions)

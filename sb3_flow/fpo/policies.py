@@ -56,8 +56,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     The flow lives in an unbounded space: a *raw* action. The environment receives ``action_scale * raw`` clipped to [-1, 1]
     (or, with ``squash_type="tanh"``, its tanh), rescaled to the bounds of the action space. In a dimension without two finite
-    bounds it receives ``action_scale * raw`` in env units, clipped to a bound if there is one. Buffers and losses only see raw
-    actions.
+    bounds it receives ``action_scale * raw`` in env units, added to the legal action that is closest to zero, and clipped to a
+    bound if there is one. Buffers and losses only see raw actions.
 
     :param observation_space: Observation space
     :param action_space: Action space, a ``Box`` (with finite bounds for ``squash_type="tanh"``)
