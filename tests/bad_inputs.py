@@ -178,7 +178,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     ("train --algo fql --env Pendulum-v1 -n 64 -params dataset:'\"nothing.npz\"'", ("nothing.npz",)),
     ("train --algo fql --env Pendulum-v1 -n 64 -params dataset:'\"page.npz\"'", ("argument -params/--hyperparams",)),
     (f"{SEARCH} -params foo:1", ("argument -params/--hyperparams", "'foo'")),
-    (f"{SEARCH} -params 'policy_kwargs:dict(squash_type=\"foo\")' --storage new.log --study-name new", ("`squash_type`",)),
+    (f"{SEARCH} -params trust_region:'\"foo\"' --storage new.log --study-name new", ("-params", "`trust_region`")),
     # Arguments of the environment
     (f"{TRAIN} --env-kwargs foo:1", ("argument --env-kwargs", "foo")),
     (f"{TRAIN} --env-kwargs foo", ("argument --env-kwargs", "'foo'", "KEY:VALUE")),

@@ -259,7 +259,7 @@ def test_good_hyperparameters_are_not_refused():
     rl_zoo3 = pytest.importorskip("rl_zoo3")
     from sb3_flow.zoo import FLOW_ALGOS, default_conf_file, register
     from sb3_flow.zoo.errors import InputError
-    from sb3_flow.zoo.hyperparams import check_hyperparams
+    from sb3_flow.zoo.hyperparams import check_hyperparams, expand_preset
 
     register()
     folder = Path(rl_zoo3.__file__).parent / "hyperparams"
@@ -270,7 +270,7 @@ def test_good_hyperparameters_are_not_refused():
             # (a default of rl-zoo3's that is wrong)
             if (algo, env_id) != ("ppo_lstm", "default"):
                 try:
-                    check_hyperparams(algo, hyperparams, str)
+                    check_hyperparams(algo, expand_preset(algo, hyperparams, str), str)
                 except InputError as error:
                     assert "No module named" in str(error)
                 n_blocks += 1

@@ -381,6 +381,9 @@ def test_default_policy_fits_the_observations(capsys, envs_of_all_spaces, algo, 
     assert policy_for(space, "MlpPolicy") == policy and normalization_for(space) == normalization
     short = dict(buffer_size=10, learning_starts=10) if algo == "fql" else dict(n_steps=2, batch_size=2)
     config = sb3_flow.zoo.default_conf_file(algo) if algo in sb3_flow.zoo.FLOW_ALGOS else None
+    if algo == "fpo":
+        config = "normalized.yml"
+        Path(config).write_text(yaml.safe_dump({"default": dict(policy="MlpPolicy", n_timesteps=2, normalize=True)}))
     manager = manager_of(f"{name}Obs-v0", algo, config, n_envs=1, **short)
     model, _ = manager.setup_experiment()
     assert (f"Policy for these observations: {policy}" in capsys.readouterr().out) == (policy != "MlpPolicy")

@@ -198,7 +198,7 @@ def test_other_options_are_named(run, capsys):
             "--num-threads",
             2,
         ],
-        ["--resume", run, "-params", "policy_kwargs:'dict()'", "frame_stack:None", "clip_range_vf:None", "-uuid"],
+        ["--resume", run, "-params", "cfm_loss:'fpo'", "frame_stack:None", "clip_range_vf:None", "-uuid"],
     ]:
         sb3_flow_main("train", *same, *([] if "--resume" in same else ["--resume"]))
         assert "is finished" in capsys.readouterr().out, same
