@@ -102,7 +102,8 @@ def print_table(seeds: list[int]) -> None:
 
     rows = []
     for variant in VARIANTS:
-        cells, means = [], []
+        cells: list[str] = []
+        means: list[str] = []
         for mode in ("deterministic", "stochastic"):
             returns, of_defaults = load(variant, mode), load("defaults", mode)
             if returns is None or of_defaults is None:

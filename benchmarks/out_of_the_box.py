@@ -69,10 +69,9 @@ def run(algo: str, task: str, seed: int) -> None:
 
     model.learn(STEPS, callback=note_episodes)
     env = make_vec_env(task, seed=10_000 + seed)
-    returns = {
-        name: [float(x) for x in evaluate_policy(model, env, N_EVAL_EPISODES, deterministic, return_episode_rewards=True)[0]]
-        for name, deterministic in (("deterministic", True), ("stochastic", False))
-    }
+    returns: dict[str, Any] = {}
+    for name, deterministic in (("deterministic", True), ("stochastic", False)):
+        returns[name], _ = evaluate_policy(model, env, N_EVAL_EPISODES, deterministic, return_episode_rewards=True)
     steps, episode_returns = np.array(history).T
     bins = steps // BIN
     result = dict(

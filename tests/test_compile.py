@@ -231,7 +231,8 @@ def test_fpo_that_is_not_finite():
         ValueError, match=r"The gradient is not finite .policy loss: .*training stopped before it reached the w"
     ):
         model.learn(48)
-    assert all(th.equal(value, before[name]) for name, value in weights(model).items())
+    # (the last layer of the value network has followed the units of the returns, its values are the same)
+    assert all(th.equal(value, before[name]) for name, value in weights(model).items() if not name.startswith("value_n"))
     model.vf_coef = 0.25
     model.learn(48)
     assert any(not th.equal(value, before[name]) for name, value in weights(model).items())
@@ -328,7 +329,7 @@ def test_nothing_of_it_is_saved(make):
     assert [{name: type(x) for name, x in group.items()} for group in state["param_groups"]] == [
         {name: type(x) for name, x in group.items()} for group in plain["param_groups"]
     ]
-    assert all(group["capturable"] is False and group["lr"] == 3e-4 for group in state["param_groups"])
+    assert all(group["capturable"] is False and group["lr"] == models[False].learning_rate for group in state["param_groups"])
     assert not hasattr(models[True].policy.optimizer, "found_inf")
     assert models[True].policy.state_dict().keys() == models[False].policy.state_dict().keys()
     for compiled, file in files.items():

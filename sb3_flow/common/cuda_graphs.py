@@ -24,6 +24,13 @@ from torch.optim import optimizer as optimizers
 from sb3_flow.common.activations import ELEMENTWISE, is_transformed
 from sb3_flow.common.in_place import hidden_attributes, hooks_of
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, Residual, TimestepEmbedding
+from sb3_flow.common.normalization import (
+    NormalizedCombinedExtractor,
+    NormalizedFlattenExtractor,
+    RunningNormalization,
+    RunningStatistics,
+    ValueNormalization,
+)
 
 #: Calls that run without a graph before the capture: libraries are initialized, the state of an optimizer is created
 N_WARM_UP = 3
@@ -32,6 +39,7 @@ KNOWN_MODULES = {
     *(nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.Flatten, nn.LayerNorm, nn.Sequential),
     *(nn.ModuleList, nn.ModuleDict, nn.ParameterList),
     *(FlattenExtractor, CombinedExtractor, NatureCNN, MlpExtractor),
+    *(NormalizedFlattenExtractor, NormalizedCombinedExtractor, RunningNormalization, RunningStatistics, ValueNormalization),
     *(TimestepEmbedding, FlowNetwork, EnsembleMLP, ImpalaCNN, Residual),
     *ELEMENTWISE,
 }  # fmt: skip

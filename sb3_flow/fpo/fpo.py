@@ -389,7 +389,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         """
         Update policy using the currently gathered rollout buffer.
 
-        :raises ValueError: before any weight is changed, if a reward, an observation, a loss or a gradient is not finite, or
+        :raises ValueError: before any gradient step, if a reward, an observation, a loss or a gradient is not finite, or
             there is no CFM loss at the times of the sampler
         """
         # Update optimizer learning rate
