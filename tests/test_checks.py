@@ -23,7 +23,7 @@ FQL_INTEGERS = dict(
     batch_size=16, buffer_size=100, learning_starts=20, train_freq=2, gradient_steps=1, n_steps=2, offline_steps=0,
     random_crop=0, seed=3,
 )  # fmt: skip
-POLICY_INTEGERS = dict(n_flow_steps=4, timestep_embedding_dim=4)
+POLICY_INTEGERS = dict(n_flow_steps=4)
 FQL_POLICY_INTEGERS = dict(n_flow_steps=4, n_critics=3)
 
 
@@ -189,10 +189,11 @@ def test_stats_window_size(algorithm):
 
 def test_booleans():
     assert to_bool("name", np.bool_(True)) is True and to_bool("name", False) is False
-    for name in ("normalize_advantage", "positive_advantage"):
-        with pytest.raises(ValueError, match=f"`{name}` must be True or False, it is 'False'"):
-            FPO("MlpPolicy", "Pendulum-v1", **{name: "False"})
-    for name in ("squash_output", "skip_connection", "lecun_init", "ortho_init", "share_features_extractor"):
+    with pytest.raises(ValueError, match="`compile` must be True or False, it is 'False'"):
+        FPO("MlpPolicy", "Pendulum-v1", compile="False")
+    with pytest.raises(ValueError, match="`normalize_advantage` must be True, False or \"rollout\", it is 'False'"):
+        FPO("MlpPolicy", "Pendulum-v1", normalize_advantage="False")
+    for name in ("skip_connection", "ortho_init", "share_features_extractor", "normalize_values"):
         with pytest.raises(ValueError, match=f"`{name}` must be True or False, it is 'False'"):
             FPO("MlpPolicy", "Pendulum-v1", policy_kwargs={name: "False"})
     for name in ("normalize_q_loss", "balanced_sampling"):
@@ -252,9 +253,8 @@ def test_wide_bounds_without_a_warning():
     bounds = spaces.Box(-1e38, 1e38, (2,))
     MlpPolicy(Still.observation_space, bounds, lambda _: 1e-3)
     FQLMlpPolicy(Still.observation_space, bounds, lambda _: 1e-3)
-    # They do not matter without rescaling
-    largest = np.finfo(np.float32).max
-    MlpPolicy(Still.observation_space, spaces.Box(-largest, largest, (2,)), lambda _: 1e-3, squash_output=False)
+    # They do not matter where there are not two
+    MlpPolicy(Still.observation_space, spaces.Box(-np.finfo(np.float32).max, np.inf, (2,)), lambda _: 1e-3)
 
 
 def test_optimizer():

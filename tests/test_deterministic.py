@@ -17,7 +17,7 @@ def test_same_seed_same_run(sampler):
         env = VecNormalize(make_vec_env("Pendulum-v1", 2, seed=seed))
         policy_kwargs = dict(sampler=sampler, action_perturbation_std=0.05)
         model = FPO("MlpPolicy", env, n_steps=64, batch_size=32, n_epochs=3, seed=seed, device="cpu",
-                    timestep_distribution="uniform", policy_kwargs=policy_kwargs)  # fmt: skip
+                    cfm_loss=dict(timestep_distribution="uniform"), policy_kwargs=policy_kwargs)  # fmt: skip
         model.learn(512)
         actions, _ = model.predict(np.ones((5, 3), dtype=np.float32), deterministic=False)
         results.append((model.policy.parameters_to_vector(), model.rollout_buffer.rewards, actions))

@@ -12,9 +12,7 @@ from sb3_flow import FPO
 from sb3_flow.fpo import MlpPolicy
 
 
-@pytest.mark.parametrize(
-    "name", ["mc_sampling", "timestep_distribution", "supervision", "loss_reduction", "ratio_type", "trust_region"]
-)
+@pytest.mark.parametrize("name", ["cfm_loss", "ratio_type", "trust_region"])
 def test_unknown_choice_lists_the_choices(name):
     with pytest.raises(ValueError, match=f"Unknown `{name}`: 'foo', it must be one of '.*', '.*'"):
         FPO("MlpPolicy", "Pendulum-v1", **{name: "foo"})
@@ -37,10 +35,10 @@ def test_not_positive(name, value):
         FPO("MlpPolicy", "Pendulum-v1", **{name: value})
 
 
-def test_importance_of_a_single_time(tmp_path):
+def test_single_time(tmp_path):
     with pytest.raises(ValueError, match="`n_flow_steps` must be at least 2"):
-        FPO("MlpPolicy", "Pendulum-v1", timestep_distribution="importance", policy_kwargs=dict(n_flow_steps=1))
-    model = FPO("MlpPolicy", "Pendulum-v1", timestep_distribution="importance", n_steps=64, batch_size=64)
+        FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(n_flow_steps=1))
+    model = FPO("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=64)
     model.policy.set_sampler(n_flow_steps=1)
     with pytest.raises(ValueError, match="`n_flow_steps` must be at least 2"):
         model.learn(64)
@@ -66,8 +64,6 @@ def test_out_of_range():
         FPO("MlpPolicy", "Pendulum-v1", clip_range_vf=-0.2)
     with pytest.raises(ValueError, match="`ema_decay` must be between 0 and 1"):
         FPO("MlpPolicy", "Pendulum-v1", ema_decay=1.5)
-    with pytest.raises(ValueError, match="`action_scale` needs `squash_output=True`"):
-        FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(action_scale=0.3, squash_output=False))
     for name, value in [("n_flow_steps", 0), ("sampler_sigma", -0.1), ("action_perturbation_std", -1), ("action_scale", 0)]:
         with pytest.raises(ValueError, match=f"`{name}`"):
             FPO("MlpPolicy", "Pendulum-v1", policy_kwargs={name: value})
@@ -75,7 +71,7 @@ def test_out_of_range():
 
 def test_not_for_a_flow_policy():
     with pytest.raises(ValueError, match="`use_sde`"):
-        FPO("MlpPolicy", "Pendulum-v1", use_sde=True)
+        MlpPolicy(ConstantEnv.observation_space, spaces.Box(-1, 1, (1,)), lambda _: 1e-3, use_sde=True)
     with pytest.raises(AssertionError, match="action spaces but Discrete"):
         FPO("MlpPolicy", "CartPole-v1")
     with pytest.raises(gym.error.NameNotFound, match="Pendolum"):
@@ -90,7 +86,7 @@ def test_not_for_a_flow_policy():
 def test_choices_are_checked_when_a_model_is_loaded(tmp_path):
     model = FPO("MlpPolicy", "Pendulum-v1")
     model.save(tmp_path / "model.zip")
-    for kwargs in (dict(trust_region="foo"), dict(ratio_type="foo"), dict(supervision="foo"), dict(n_epochs=0)):
+    for kwargs in (dict(trust_region="foo"), dict(ratio_type="foo"), dict(cfm_loss="foo"), dict(n_epochs=0)):
         with pytest.raises(ValueError, match=f"`{next(iter(kwargs))}`"):
             FPO.load(tmp_path / "model.zip", **kwargs)
 
@@ -122,9 +118,9 @@ def test_unbounded_actions():
     with pytest.raises(AssertionError, match="finite lower and upper bound"):
         FPO("MlpPolicy", ConstantEnv(action_space))
     # SB3's algorithms refuse such environments, but a policy that clips does not need bounds
-    with pytest.raises(ValueError, match="`squash_output=True` needs an action space with finite bounds"):
-        MlpPolicy(ConstantEnv.observation_space, action_space, lambda _: 1e-3)
-    policy = MlpPolicy(ConstantEnv.observation_space, action_space, lambda _: 1e-3, squash_output=False)
+    with pytest.raises(ValueError, match='`squash_type="tanh"` needs an action space with finite bounds'):
+        MlpPolicy(ConstantEnv.observation_space, action_space, lambda _: 1e-3, squash_type="tanh")
+    policy = MlpPolicy(ConstantEnv.observation_space, action_space, lambda _: 1e-3)
     assert policy.predict(np.zeros(2, dtype=np.float32))[0].shape == (2,)
 
 

@@ -10,18 +10,23 @@ import torch as th
 from torch import nn
 
 from sb3_flow.common.flow import (
+    CFM_LOSSES,
     LOSS_REDUCTIONS,
-    MC_SAMPLINGS,
     PREDICTION_TYPES,
+    SAMPLINGS,
     SINGULARITY_MARGIN,
+    CFMLoss,
     cfm_loss,
+    check_flow_steps,
     draw_pairs,
     flow_target,
     interpolate,
     sampler_grid,
+    squared_error,
     standard_normal_flow,
     timestep_range,
     to_action,
+    to_cfm_loss,
     to_velocity,
 )
 from sb3_flow.common.networks import FlowNetwork, TanhGELU, TimestepEmbedding
@@ -96,22 +101,27 @@ def test_noise_loss_vanishes_at_t_1():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("sampling", MC_SAMPLINGS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_pairs(sampling, prediction_type):
     low, high = timestep_range(prediction_type)
-    noise, grid, _ = draw_pairs(2000, 2, 3, sampling, "grid", 5, prediction_type)
+    loss = CFMLoss("velocity", "sum", "grid", sampling)
+    noise, grid, _ = draw_pairs((2000, 3, 2), loss, prediction_type, 5)
     assert noise.shape == (2000, 3, 2) and grid.shape == (2000, 3)
     # All the times the sampler visits, about as often
     values, counts = grid.unique(return_counts=True)
     assert np.allclose(values.numpy(), np.clip([0.2, 0.4, 0.6, 0.8, 1.0], low, high))
     assert counts.min() > 0.85 * grid.numel() / 5
-    _, uniform, _ = draw_pairs(2000, 2, 3, sampling, "uniform", 5, prediction_type)
+    loss = loss._replace(timestep_distribution="uniform")
+    uniform = draw_pairs((2000, 3, 2), loss, prediction_type, 5).timesteps
     assert len(uniform.unique()) > 3000
     assert uniform.min() >= low and uniform.max() <= high
     assert uniform.min() < 0.01 + SINGULARITY_MARGIN and uniform.max() > 0.99 - SINGULARITY_MARGIN
+    # FPO++: .005 + .99 U
+    assert uniform.min() >= 0.005 and uniform.max() <= 0.995
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.02)
     # Not where the evidence lower bound has infinite weight
-    assert draw_pairs(2000, 2, 3, sampling, "uniform", 5, prediction_type, "elbo")[1].min() >= SINGULARITY_MARGIN
+    loss = loss._replace(supervision="elbo")
+    assert draw_pairs((2000, 3, 2), loss, prediction_type, 5).timesteps.min() >= SINGULARITY_MARGIN
     assert noise.mean().item() == pytest.approx(0.0, abs=0.05) and noise.std().item() == pytest.approx(1.0, abs=0.03)
     assert sampler_grid(4) == [1.0, 0.75, 0.5, 0.25]
 
@@ -120,20 +130,23 @@ def test_pairs(sampling, prediction_type):
     ("supervision", "odds"), [("velocity", [1, 1, 1, 1]), ("noise", [3, 2, 1, 0]), ("elbo", np.sqrt([3, 1, 1 / 3, 0]))]
 )
 def test_importance_of_the_times(supervision, odds):
-    """Times of the grid as often as the square roots of their weights, and weights that undo it."""
-    _, timesteps, weights = draw_pairs(20000, 1, 5, "stratified", "importance", 4, supervision=supervision)
+    """Times of the grid as often as the square roots of their weights, and weights of the losses that undo it."""
+    loss = CFMLoss(supervision, "mean", "importance", "stratified")
+    _, timesteps, weights = draw_pairs((20000, 5, 2), loss, n_flow_steps=4)
     for time, probability in zip([0.25, 0.5, 0.75, 1.0], np.array(odds) / sum(odds), strict=True):
         drawn = timesteps == time
         assert drawn.float().mean().item() == pytest.approx(probability, abs=0.01)
         if probability > 0:
-            assert weights[drawn].tolist() == pytest.approx([1 / (4 * probability)] * drawn.sum().item(), rel=1e-5)
+            weight = {"velocity": 1, "noise": (1 - time) ** 2, "elbo": (1 - time) / time}[supervision] / 2
+            assert weights[drawn].tolist() == pytest.approx([weight / (4 * probability)] * drawn.sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("n_mc_samples", [1, 2, 7, 8])
 def test_stratified_pairs(n_mc_samples):
-    noise, timesteps, weights = draw_pairs(50, 2, n_mc_samples, "stratified", "uniform")
+    noise, timesteps, weights = draw_pairs((50, n_mc_samples, 2), CFMLoss("velocity", "sum", "uniform", "stratified"))
     assert noise.shape == (50, n_mc_samples, 2) and timesteps.shape == weights.shape == (50, n_mc_samples)
-    assert th.equal((timesteps * n_mc_samples).floor(), th.arange(n_mc_samples).expand(50, -1).float())
+    strata = (timesteps - 0.005) / 0.99 * n_mc_samples
+    assert th.equal(strata.clamp(0, n_mc_samples - 1e-4).floor(), th.arange(n_mc_samples).expand(50, -1).float())
     assert th.equal(noise[:, 1::2], -noise[:, : n_mc_samples - 1 : 2])
     assert len(noise.abs().unique()) == noise[:, ::2].numel()
     assert (weights == 1).all()
@@ -145,7 +158,7 @@ def test_stratified_pairs_have_less_variance():
     actions = th.ones(20000, 1, 1)
 
     def log_ratio(sampling):
-        noise, t, _ = draw_pairs(20000, 1, 8, sampling)
+        noise, t, _ = draw_pairs((20000, 8, 1), CFMLoss("velocity", "sum", "uniform", sampling))
         x_t = interpolate(actions, noise, t)
         old, new = (cfm_loss(0.3 * x_t - shift, actions, noise, t).mean(dim=1) for shift in (0.7, 0.75))
         return old - new
@@ -169,7 +182,7 @@ def relative_log_ratio(supervision, std, new_mean, new_std):
     """
     z = th.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]).view(5, 1)
     actions = (z * std).repeat_interleave(40000, dim=0).unsqueeze(1)
-    noise, t, _ = draw_pairs(len(actions), 1, 2, "stratified", "uniform", supervision=supervision)
+    noise, t, _ = draw_pairs((len(actions), 2, 1), CFMLoss(supervision, "sum", "uniform", "stratified"))
     x_t = interpolate(actions, noise, t)
     velocities = gaussian_flow(x_t, t, 0.0, std), gaussian_flow(x_t, t, new_mean * std, new_std * std)
     old_loss, loss = (cfm_loss(velocity, actions, noise, t, supervision=supervision) for velocity in velocities)
@@ -188,7 +201,7 @@ def test_elbo_is_the_log_likelihood_ratio(new_mean, new_std):
     assert (wide > 3 * narrow).all()
 
 
-@pytest.mark.parametrize("sampling", MC_SAMPLINGS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_importance_sampling_has_less_variance(sampling):
     """The log-ratio of a narrow Gaussian that moves is the same on average, its variance less than half."""
     th.manual_seed(0)
@@ -197,17 +210,68 @@ def test_importance_sampling_has_less_variance(sampling):
     actions = th.tensor([std, -std]).view(1, 2, 1, 1)
 
     def log_ratio(distribution):
-        pairs = draw_pairs(40000, 1, 4, sampling, distribution, 10, supervision="elbo")
+        pairs = draw_pairs((40000, 4, 1), CFMLoss("elbo", "sum", distribution, sampling))
         noise, t, weights = (x.unsqueeze(1) for x in pairs)
-        x_t = interpolate(actions, noise, t)
-        velocities = (gaussian_flow(x_t, t, mean, std) for mean in (0.0, 0.01 * std))
-        old, new = (cfm_loss(velocity, actions, noise, t, supervision="elbo") for velocity in velocities)
+        x_t, target = interpolate(actions, noise, t), flow_target("velocity", actions, noise)
+        old, new = (squared_error(gaussian_flow(x_t, t, mean, std), target) for mean in (0.0, 0.01 * std))
         return relative_loss(weights * (old - new)).mean(dim=1)
 
     grid, importance = log_ratio("grid"), log_ratio("importance")
     error = (grid.var() / len(grid)).sqrt().item()
     assert importance.mean().item() == pytest.approx(grid.mean().item(), abs=4 * error)
     assert importance.var() < 0.5 * grid.var()
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    "loss", [CFM_LOSSES["fpo"], CFM_LOSSES["fpo++"], CFMLoss("elbo", "sum", "grid"), CFMLoss("action", "sqrt", "uniform")]
+)
+def test_weighted_errors_are_cfm_losses(loss, prediction_type):
+    pairs = draw_pairs((500, 3, 2), loss, prediction_type, 4)
+    actions, outputs = th.randn(500, 1, 2), th.randn(500, 3, 2)
+    weighted = pairs.weights * squared_error(outputs, flow_target(prediction_type, actions, pairs.noise))
+    losses = cfm_loss(outputs, actions, pairs.noise, pairs.timesteps, prediction_type, loss.supervision, loss.reduction)
+    assert th.allclose(weighted, losses, rtol=1e-4)
+
+
+def test_cfm_loss_of_the_argument():
+    for name, loss in CFM_LOSSES.items():
+        assert to_cfm_loss(name) is loss
+        # (as JSON gives it back)
+        assert to_cfm_loss(list(loss)) == to_cfm_loss(loss) == to_cfm_loss(loss._asdict()) == loss
+    assert to_cfm_loss({}) == CFM_LOSSES["elbo"]
+    assert to_cfm_loss(dict(supervision="velocity")) == ("velocity", "sum", "importance", "stratified")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("Elbo", "Unknown `cfm_loss`: 'Elbo', it must be one of 'elbo', 'fpo', 'fpo\\+\\+'"),
+        (None, "`cfm_loss` must be one of 'elbo', .*, or a dict of 'supervision', .*, it is None"),
+        (["noise"], "`cfm_loss` must be one of .* it is \\['noise'\\]"),
+        (dict(supervison="noise", base="fpo"), "`cfm_loss` has unknown keys \\['base', 'supervison'\\], they must be among"),
+        (dict(reduction="max"), "Unknown `cfm_loss\\['reduction'\\]`: 'max', it must be one of 'mean', 'sum', 'sqrt'"),
+        (dict(sampling=["stratified"]), "Unknown `cfm_loss\\['sampling'\\]`: \\['stratified'\\]"),
+    ],
+)
+def test_wrong_cfm_loss(value, message):
+    with pytest.raises(ValueError, match=message):
+        to_cfm_loss(value)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("supervision", ["velocity", "noise", "action", "elbo"])
+@pytest.mark.parametrize("distribution", ["grid", "uniform", "importance"])
+@pytest.mark.parametrize("n_flow_steps", [1, 2])
+def test_steps_with_a_loss(prediction_type, supervision, distribution, n_flow_steps):
+    """Those that are refused are those with weights of zero only."""
+    loss = CFMLoss(supervision, "sum", distribution)
+    weights = draw_pairs((100, 2, 1), loss, prediction_type, n_flow_steps).weights
+    if (weights > 0).any():
+        check_flow_steps(loss, prediction_type, n_flow_steps)
+    else:
+        with pytest.raises(ValueError, match="`n_flow_steps` must be at least 2 for this `cfm_loss`"):
+            check_flow_steps(loss, prediction_type, n_flow_steps)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -432,7 +496,8 @@ def test_flow_learns_a_mixture(prediction_type, skip_connection):
     for _ in range(1500):
         mode = (th.rand(1024) > weight).long()
         actions = means[mode] + std * th.randn(1024, 2)
-        noise, t, _ = (pairs.squeeze(1) for pairs in draw_pairs(1024, 2, 1, prediction_type=prediction_type))
+        loss = CFMLoss("velocity", "mean", "uniform", "independent")
+        noise, t, _ = (x.squeeze(1) for x in draw_pairs((1024, 1, 2), loss, prediction_type))
         output = network(features, interpolate(actions, noise, t).unsqueeze(0), t.unsqueeze(0)).squeeze(0)
         loss = cfm_loss(output, actions, noise, t, prediction_type, prediction_type).mean()
         optimizer.zero_grad()

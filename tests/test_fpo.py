@@ -17,6 +17,7 @@ import sb3_flow.fpo.fpo as fpo_module
 from sb3_flow import FPO
 from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, interpolate
 from sb3_flow.common.surrogates import RATIO_TYPES, flow_ratio
+from sb3_flow.fpo import MlpPolicy
 
 
 def collect(model):
@@ -35,6 +36,7 @@ def make_model(kind="box", **kwargs):
     if kind == "normalize":
         env = VecNormalize(env)
     kwargs = dict(n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu") | kwargs
+    kwargs["policy_kwargs"] = dict(net_arch=[64, 64]) | kwargs.get("policy_kwargs", {})
     return FPO("MultiInputPolicy" if kind == "dict" else "MlpPolicy", env, **kwargs)
 
 
@@ -61,7 +63,7 @@ def test_first_ratio_is_exactly_one(monkeypatch, kind, ratio_type, prediction_ty
         collect(model)
         model.train()
         ratios = [ratio for _, ratio in calls]
-        assert ratios[0].shape == (32, 1 if ratio_type == "averaged" else 8)
+        assert ratios[0].shape == (32, 1 if ratio_type == "averaged" else 4)
         assert th.equal(ratios[0], th.ones_like(ratios[0]))
         assert not th.equal(ratios[-1], th.ones_like(ratios[-1]))
 
@@ -119,15 +121,15 @@ def test_times_of_another_shape():
 
 @pytest.mark.parametrize("n_baseline_actions", [0, 2])
 @pytest.mark.parametrize(
-    ("prediction_type", "supervision", "loss_reduction"),
+    ("prediction_type", "supervision", "reduction"),
     [("velocity", "noise", "mean"), ("velocity", "elbo", "sum"), ("noise", "velocity", "sqrt"), ("action", "action", "sum")],
 )
-def test_loss_is_that_of_the_rollout(monkeypatch, n_baseline_actions, prediction_type, supervision, loss_reduction):
+def test_loss_is_that_of_the_rollout(monkeypatch, n_baseline_actions, prediction_type, supervision, reduction):
     """The losses of a transition, from the plain network and the stored (raw) action and observation."""
     calls = record_calls(monkeypatch, "draw_pairs")
-    loss_kwargs = dict(supervision=supervision, loss_reduction=loss_reduction)
+    loss = dict(supervision=supervision, reduction=reduction, timestep_distribution="grid")
     policy_kwargs = dict(prediction_type=prediction_type, output_scale=1.0)
-    model = make_model(n_mc_samples=3, n_baseline_actions=n_baseline_actions, policy_kwargs=policy_kwargs, **loss_kwargs)
+    model = make_model(n_mc_samples=3, n_baseline_actions=n_baseline_actions, cfm_loss=loss, policy_kwargs=policy_kwargs)
     collect(model)
     rollout = model._get_rollout()
     ((_, (noise, timesteps, _)),) = calls
@@ -141,7 +143,7 @@ def test_loss_is_that_of_the_rollout(monkeypatch, n_baseline_actions, prediction
     for actions, loss in zip(rollout.actions.unbind(dim=1), losses.unbind(dim=1), strict=True):
         x_t = interpolate(actions, noise, timesteps)
         plain = network.forward_plain(rollout.observations, x_t, timesteps)
-        expected = cfm_loss(plain, actions, noise, timesteps, prediction_type, supervision, loss_reduction)
+        expected = cfm_loss(plain, actions, noise, timesteps, prediction_type, supervision, reduction)
         assert th.allclose(loss, expected, rtol=1e-4, atol=1e-5)
     assert th.allclose(values.flatten(), rollout.old_values, atol=1e-5)
 
@@ -167,27 +169,18 @@ def test_raw_actions_in_the_buffer_legal_ones_in_the_env():
             return action
 
     env = DummyVecEnv([lambda: RecordActions(gym.make("Pendulum-v1"))])
-    model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu")
-    collect(model)
-    raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)
-    assert np.abs(raw).max() > 1.5
-    assert np.allclose(sent, 2 * np.tanh(raw), atol=1e-6)
-    assert sent.dtype == np.float32 and all(env.action_space.contains(action) for action in sent)
-    assert np.allclose(model.policy.scale_action(sent), raw, atol=1e-2)
-
-    RecordActions.actions.clear()
-    model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu", policy_kwargs=dict(action_scale=0.3))
-    collect(model)
-    raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)
-    assert np.allclose(sent, 2 * np.tanh(0.3 * raw), atol=1e-6)
-    assert np.allclose(model.policy.scale_action(sent), raw, atol=1e-2)
-
-    RecordActions.actions.clear()
-    model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu", policy_kwargs=dict(squash_output=False))
-    collect(model)
-    raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)
-    assert np.abs(raw).max() > 2
-    assert np.allclose(sent, np.clip(raw, -2, 2))
+    for squash_type, action_scale in (("tanh", 1.0), ("tanh", 0.3), ("clip", 0.5)):
+        RecordActions.actions.clear()
+        policy_kwargs = dict(squash_type=squash_type, action_scale=action_scale)
+        model = FPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu", policy_kwargs=policy_kwargs)
+        collect(model)
+        raw, sent = model.rollout_buffer.actions.reshape(-1, 1), np.array(RecordActions.actions)
+        assert np.abs(raw).max() > 2
+        squashed = np.tanh(action_scale * raw) if squash_type == "tanh" else np.clip(action_scale * raw, -1, 1)
+        assert np.allclose(sent, 2 * squashed, atol=1e-6)
+        assert sent.dtype == np.float32 and all(env.action_space.contains(action) for action in sent)
+        inside = np.abs(sent) < 1.99
+        assert np.allclose(model.policy.scale_action(sent)[inside], raw[inside], atol=1e-2)
 
 
 def test_action_perturbation():
@@ -203,7 +196,7 @@ def test_action_perturbation():
 
 def test_zero_noise_prediction():
     """Deterministic predictions integrate from zero noise, others are the flow of a random one."""
-    model = make_model()
+    model = make_model(policy_kwargs=dict(skip_connection=False, squash_type="tanh", action_scale=1.0))
     obs = np.zeros((5, 3), dtype=np.float32)
     network = model.policy.action_net
     with th.no_grad():
@@ -242,9 +235,9 @@ def test_baseline_actions_are_those_of_the_policy():
 
 def test_opposite_baseline_actions():
     """Stratified sampling draws baseline actions from opposite noise: those of a Gaussian around zero are opposite."""
-    policy_kwargs = dict(output_scale=0.0, skip_connection=True)
-    for mc_sampling, opposite in [("stratified", True), ("independent", False)]:
-        model = make_model(n_baseline_actions=3, mc_sampling=mc_sampling, policy_kwargs=policy_kwargs)
+    policy_kwargs = dict(output_scale=0.0, action_perturbation_std=0.0)
+    for sampling, opposite in [("stratified", True), ("independent", False)]:
+        model = make_model(n_baseline_actions=3, cfm_loss=dict(sampling=sampling), policy_kwargs=policy_kwargs)
         collect(model)
         first, second, third = model._get_rollout().actions[:, 1:].unbind(dim=1)
         assert th.equal(first, -second) == opposite
@@ -254,8 +247,9 @@ def test_opposite_baseline_actions():
 def test_common_advantages_do_not_change_the_policy():
     """If all actions are as good as each other there is no policy gradient on average: with baseline actions, that is so."""
     norms = []
-    for n_baseline_actions, mc_sampling in [(0, "independent"), (1, "independent"), (2, "stratified")]:
-        model = make_model(n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions, mc_sampling=mc_sampling)
+    for n_baseline_actions, sampling in [(0, "independent"), (1, "independent"), (2, "stratified")]:
+        cfm_loss = dict(sampling=sampling)
+        model = make_model(n_steps=16384, batch_size=4096, n_baseline_actions=n_baseline_actions, cfm_loss=cfm_loss)
         collect(model)
         rollout = model._get_rollout()
         losses = model._cfm_loss(model._flow_output(rollout), rollout)
@@ -266,11 +260,15 @@ def test_common_advantages_do_not_change_the_policy():
 
 
 def test_initial_weights():
-    """LeCun-uniform weights have the variance 1 / fan-in, PyTorch's a third of it."""
-    for lecun_init, variance in [(True, 1.0), (False, 1 / 3)]:
-        policy = make_model(policy_kwargs=dict(net_arch=[256, 256], lecun_init=lecun_init)).policy
+    """LeCun-uniform weights have the variance 1 / fan-in; orthogonal ones are, times the square root of two."""
+    for ortho_init in (True, False):
+        policy = make_model(policy_kwargs=dict(net_arch=[256, 256], ortho_init=ortho_init)).policy
         for layer in (policy.action_net.layers[1], policy.mlp_extractor.value_net[2]):
-            assert layer.weight.var().item() * layer.in_features == pytest.approx(variance, rel=0.05)
+            if ortho_init:
+                assert th.allclose(layer.weight @ layer.weight.T, 2 * th.eye(256), atol=1e-4)
+            else:
+                assert layer.weight.var().item() * layer.in_features == pytest.approx(1, rel=0.05)
+                assert layer.weight.abs().max().item() == pytest.approx((3 / 256) ** 0.5, rel=0.01)
 
 
 def spread_without_rewards(monkeypatch, action_scale, n_rollouts, **kwargs):
@@ -283,13 +281,8 @@ def spread_without_rewards(monkeypatch, action_scale, n_rollouts, **kwargs):
         return compute_returns_and_advantage
 
     model = make_model(
-        n_steps=512, batch_size=128, n_epochs=10, learning_rate=1e-3, clip_range=0.2,
-        supervision="elbo", loss_reduction="sum", mc_sampling="stratified", timestep_distribution="importance",
-        ratio_type="per_sample", n_mc_samples=4, n_baseline_actions=2, log_ratio_clip=0.5, gamma=0.0,
-        policy_kwargs=dict(
-            skip_connection=True, squash_type="clip", action_scale=action_scale, action_perturbation_std=0.1
-        ), **kwargs,
-    )  # fmt: skip
+        n_steps=512, batch_size=128, n_epochs=10, gamma=0.0, policy_kwargs=dict(action_scale=action_scale), **kwargs
+    )
     monkeypatch.setattr(model.rollout_buffer, "compute_returns_and_advantage", no_rewards(model.rollout_buffer))
     model.learn(n_rollouts * 1024)
     return action_scale * model.policy._predict(th.zeros(5000, 3)).std().item()
@@ -315,15 +308,16 @@ class GaussianFlow(nn.Module):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        dict(ratio_type="per_sample", mc_sampling="stratified", timestep_distribution="importance", n_baseline_actions=2),
-        dict(n_baseline_actions=2),
-        dict(n_baseline_actions=0),
+        dict(),
+        dict(ratio_type="averaged", cfm_loss=dict(timestep_distribution="grid", sampling="independent")),
+        dict(ratio_type="averaged", cfm_loss=dict(timestep_distribution="grid", sampling="independent"), n_baseline_actions=0),
     ],
 )
 def test_entropy_gradient(std, kwargs):
     """That of a Gaussian, whose entropy is the logarithm of its standard deviation (and a constant)."""
-    kwargs = dict(n_steps=16384, batch_size=4096, supervision="elbo", loss_reduction="sum", n_mc_samples=8) | kwargs
-    model = make_model(ent_coef=1.0, policy_kwargs=dict(squash_output=False), **kwargs)
+    model = make_model(n_steps=16384, batch_size=4096, n_mc_samples=8, ent_coef=1.0, **kwargs)
+    # That of the actions before they are clipped
+    model.policy._bounded[:] = 0
     model.policy.action_net = GaussianFlow(1, std)
     buffer, rng, gradients = model.rollout_buffer, np.random.default_rng(0), []
     for _ in range(3):
@@ -352,36 +346,35 @@ def test_log_squashing(squash_type):
     policy = make_model(policy_kwargs=dict(action_scale=0.5, squash_type=squash_type)).policy
     actions = th.linspace(-8, 8, 10).view(5, 2)
     expected = -TanhTransform().log_abs_det_jacobian(0.5 * actions, th.tanh(0.5 * actions)).sum(dim=-1)
+    policy._bounded = policy._bounded.repeat(2)
     assert th.allclose(policy.log_squashing(actions), expected, atol=1e-5)
-    policy = make_model(policy_kwargs=dict(squash_output=False)).policy
-    assert policy.log_squashing(actions).tolist() == [0.0] * 5
 
 
 def test_bounds_loss_keeps_actions_in_reach(monkeypatch):
     """... when they are driven out of the bounds, here by a reward for little entropy."""
     free, kept = (spread_without_rewards(monkeypatch, 1.5, 5, ent_coef=-0.2, bounds_loss_coef=coef) for coef in (0.0, 1.0))
-    assert free > 2 and kept < 0.8 * free
+    assert free > 1.2 * 1.5 and kept < 0.8 * free
 
 
 @pytest.mark.parametrize(
     ("policy_kwargs", "soft_bound"),
-    [(dict(squash_type="clip", action_scale=0.5), 3.0), (dict(action_scale=2.0), 1.5), (dict(squash_output=False), 3.0)],
+    [(dict(squash_type="clip", action_scale=0.5), 3.0), (dict(squash_type="tanh", action_scale=2.0), 1.5)],
 )
 def test_bounds_loss_by_hand(policy_kwargs, soft_bound):
     """Pendulum's actions are in [-2, 2]; in raw actions, the loss starts at 1.5 times the bounds if they are clipped."""
     policy = make_model(policy_kwargs=policy_kwargs).policy
-    unit = 2.0 if policy_kwargs.get("squash_output") is False else 1 / policy_kwargs["action_scale"]
+    unit = 1 / policy_kwargs["action_scale"]
     actions = th.tensor([[0.0], [-soft_bound], [soft_bound + unit], [-soft_bound - 2 * unit]])
     assert policy.bounds_loss(actions).tolist() == pytest.approx([0.0, 0.0, 1.0, 4.0])
 
 
 def test_bounds_loss_in_env_units():
-    """From the middle of the bounds, and none for an action that is fixed."""
-    env = gym.make("Pendulum-v1")
-    env.action_space = spaces.Box(np.array([-1.0, 0.5]), np.array([3.0, 0.5]), dtype=np.float64)
-    policy = FPO("MlpPolicy", env, policy_kwargs=dict(squash_output=False), device="cpu").policy
-    loss = policy.bounds_loss(th.tensor([[4.0, 7.0], [6.0, 0.0]]))
-    assert loss.tolist() == [0.0, 1.0] and loss.dtype == th.float32
+    """Half a unit beyond the bound that there is; the legal action closest to zero is zero."""
+    action_space = spaces.Box(np.array([-np.inf, 2.0, -np.inf]), np.array([3.0, np.inf, np.inf]), dtype=np.float64)
+    policy = MlpPolicy(spaces.Box(-1, 1, (3,)), action_space, lambda _: 1e-3, action_scale=0.5)
+    loss = policy.bounds_loss(th.tensor([[7.0, -1.0, 99.0], [9.0, 0.0, 0.0], [-99.0, -5.0, 0.0]]))
+    assert loss.tolist() == [0.0, 1.0, 4.0] and loss.dtype == th.float32
+    assert policy.unscale_action(np.array([[7.0, -1.0, 99.0], [5.0, 1.0, 0.0]])).tolist() == [[3, 2, 49.5], [2.5, 2.5, 0]]
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -413,15 +406,23 @@ def test_pseudo_kl_by_hand():
     assert model._pseudo_kl(change, t).item() == pytest.approx(0.75**2 * 2.5)
 
 
-def test_positive_advantage(monkeypatch):
-    model = make_model(positive_advantage=True, n_epochs=1, batch_size=128)
+@pytest.mark.parametrize("normalize_advantage", [True, "rollout", False])
+def test_normalized_advantages(monkeypatch, normalize_advantage):
+    """... in each minibatch, or over the rollout."""
+    model = make_model(normalize_advantage=normalize_advantage, n_epochs=1, ent_coef=0.0)
     collect(model)
+    expected = model.rollout_buffer.advantages.flatten()
     calls = record_calls(monkeypatch, "surrogate_objective")
     model.train()
-    advantages = calls[0][0][1]
-    assert (advantages >= 0).all()
-    expected = np.log1p(np.exp(model.rollout_buffer.advantages.astype(np.float64)))
-    assert np.allclose(np.sort(advantages.flatten()), np.sort(expected.flatten()), rtol=1e-4)
+    batches = [args[1].flatten() for args, _ in calls]
+    if normalize_advantage == "rollout":
+        expected = (expected - expected.mean()) / expected.std(ddof=1)
+    if normalize_advantage is True:
+        for batch in batches:
+            assert batch.mean().item() == pytest.approx(0, abs=1e-5) and batch.std().item() == pytest.approx(1, rel=1e-4)
+    else:
+        assert all(abs(batch.mean().item()) > 1e-3 for batch in batches)
+        assert np.allclose(np.sort(th.cat(batches)), np.sort(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_logger_keys():
@@ -492,6 +493,7 @@ def test_ema():
     predicted = model.predict(obs, deterministic=True)[0]
     rollout_action = policy.unscale_action(policy(th.zeros(4, 3), deterministic=True)[0].detach().numpy())
     assert not np.allclose(predicted, rollout_action)
+    policy.features_extractor.load_state_dict(policy.ema.module[0].state_dict())
     policy.action_net.load_state_dict(policy.ema.module[1].state_dict())
     rollout_action = policy.unscale_action(policy(th.zeros(4, 3), deterministic=True)[0].detach().numpy())
     assert np.allclose(predicted, rollout_action, atol=1e-6)

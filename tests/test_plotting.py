@@ -11,6 +11,7 @@ from stable_baselines3 import PPO
 
 from sb3_flow import FPO, FQL
 from sb3_flow.envs.gridworld import DEATH, GOAL, LAYOUTS, make_layout
+from sb3_flow.fpo.policies import SQUASH_TYPES
 from sb3_flow.plotting.flow import N_TIMES, STEPS_PER_FRAME, flow_paths, plot_flow
 from sb3_flow.plotting.gridworld import SADDLES, goal_regions, multimodality, plot_gridworld, run_episodes
 
@@ -64,9 +65,9 @@ def test_plot_one_dimension(tmp_path, algorithm):
     assert len(plot_flow(model, np.zeros(3, "f4"), tmp_path / "still", n_samples=100, animation=False)) == 1
 
 
-@pytest.mark.parametrize("squash_output", [True, False])
-def test_paths_end_where_the_policy_acts(squash_output):
-    model = FPO("MlpPolicy", Reach(), policy_kwargs=dict(squash_output=squash_output, n_flow_steps=N_TIMES), **KWARGS)
+@pytest.mark.parametrize("squash_type", SQUASH_TYPES)
+def test_paths_end_where_the_policy_acts(squash_type):
+    model = FPO("MlpPolicy", Reach(), policy_kwargs=dict(squash_type=squash_type, n_flow_steps=N_TIMES), **KWARGS)
     th.manual_seed(0)
     paths = flow_paths(model, np.zeros(3, "f4"), n_samples=50)
     assert paths.shape == (N_TIMES + 1, 50, 4)

@@ -8,7 +8,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 from sb3_flow import FPO
-from sb3_flow.common.flow import LOSS_REDUCTIONS, PREDICTION_TYPES, TIMESTEP_DISTRIBUTIONS
+from sb3_flow.common.flow import CFM_LOSSES, LOSS_REDUCTIONS, PREDICTION_TYPES, SUPERVISIONS, TIMESTEP_DISTRIBUTIONS
 from sb3_flow.common.samplers import SAMPLERS
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS
 
@@ -23,37 +23,39 @@ def run(policy_kwargs=None, total_timesteps=128, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("supervision", PREDICTION_TYPES)
+@pytest.mark.parametrize("supervision", SUPERVISIONS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("timestep_distribution", TIMESTEP_DISTRIBUTIONS)
 def test_flow_arguments(prediction_type, supervision, timestep_distribution):
-    run(dict(prediction_type=prediction_type), supervision=supervision, timestep_distribution=timestep_distribution)
+    cfm_loss = dict(supervision=supervision, timestep_distribution=timestep_distribution, sampling="independent")
+    run(dict(prediction_type=prediction_type), cfm_loss=cfm_loss)
 
 
 @pytest.mark.parametrize("trust_region", TRUST_REGIONS)
 @pytest.mark.parametrize("ratio_type", RATIO_TYPES)
 @pytest.mark.parametrize("loss_reduction", LOSS_REDUCTIONS)
 def test_surrogate_arguments(trust_region, ratio_type, loss_reduction):
-    run(trust_region=trust_region, ratio_type=ratio_type, loss_reduction=loss_reduction)
+    run(trust_region=trust_region, ratio_type=ratio_type, cfm_loss=dict(reduction=loss_reduction))
 
 
 @pytest.mark.parametrize(
     "kwargs",
     [
         dict(normalize_advantage=False),
-        dict(positive_advantage=True),
+        dict(normalize_advantage="rollout"),
+        *[dict(cfm_loss=name) for name in CFM_LOSSES],
         dict(clip_range_vf=0.2),
         dict(clip_range=lambda progress: 0.1 * progress, learning_rate=lambda progress: 1e-3 * progress),
         dict(max_grad_norm=None),
         dict(cfm_loss_clip=20.0, log_ratio_clip=None),
         dict(n_mc_samples=1),
-        dict(n_mc_samples=3, mc_sampling="stratified", n_baseline_actions=2, ratio_type="per_sample"),
-        dict(supervision="elbo", timestep_distribution="uniform"),
-        dict(policy_kwargs=dict(skip_connection=True)),
+        dict(n_mc_samples=3, n_baseline_actions=3),
+        dict(n_baseline_actions=0, ratio_type="averaged"),
+        dict(policy_kwargs=dict(skip_connection=False)),
         dict(n_epochs=1),
         dict(target_kl=0.01),
         dict(ema_decay=0.95, ema_start=1),
-        dict(ent_coef=0.01, bounds_loss_coef=0.1, policy_kwargs=dict(squash_output=False)),
+        dict(ent_coef=0.0, bounds_loss_coef=0.0),
         dict(batch_size=1, normalize_advantage=False, n_steps=1, total_timesteps=4),
     ],
 )
@@ -66,12 +68,10 @@ def test_algorithm_arguments(kwargs):
     [
         *[dict(sampler=sampler) for sampler in SAMPLERS],
         dict(sampler="sde", sampler_sigma=0.0),
-        dict(squash_output=False),
-        dict(ortho_init=True),
-        dict(lecun_init=False),
-        dict(n_flow_steps=1),
-        dict(timestep_embedding_dim=0),
-        dict(output_scale=1.0, action_perturbation_std=0.05),
+        dict(squash_type="tanh"),
+        dict(ortho_init=False),
+        dict(n_flow_steps=2),
+        dict(output_scale=1.0, action_perturbation_std=0.0),
         dict(share_features_extractor=False),
         dict(activation_fn=nn.ELU, optimizer_class=th.optim.AdamW, optimizer_kwargs=dict(weight_decay=1e-4)),
     ],

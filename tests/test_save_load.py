@@ -6,7 +6,8 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_flow import FPO
+from sb3_flow import FPO, presets
+from sb3_flow.common.flow import CFMLoss
 from sb3_flow.fpo import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 KWARGS = dict(n_steps=32, batch_size=32, n_epochs=2, seed=0, device="cpu")
@@ -38,7 +39,9 @@ def assert_same_predictions(model, other):
     [
         dict(),
         dict(ema_decay=0.9, ema_start=0),
-        dict(policy_kwargs=dict(net_arch=[8], n_flow_steps=3, prediction_type="action", sampler="sde", squash_output=False)),
+        dict(cfm_loss="fpo", policy_kwargs=dict(net_arch=[8], n_flow_steps=3, prediction_type="action", sampler="sde")),
+        dict(cfm_loss=dict(supervision="velocity", sampling="independent"), policy_kwargs=dict(squash_type="tanh")),
+        presets.PAPER,
         dict(clip_range=lambda progress: 0.1 * progress, learning_rate=lambda progress: 1e-3 * progress, clip_range_vf=0.2),
     ],
 )
@@ -52,6 +55,7 @@ def test_save_load(tmp_path, kwargs):
     assert_same_predictions(model, loaded)
     assert loaded.clip_range(0.5) == model.clip_range(0.5)
     assert loaded.n_mc_samples == model.n_mc_samples
+    assert type(loaded.cfm_loss) is CFMLoss and loaded.cfm_loss == model.cfm_loss
     assert loaded.policy.n_flow_steps == model.policy.n_flow_steps
 
     # Training goes on, from the same state of the optimizer
@@ -81,8 +85,9 @@ def test_checkpoint_holds_plain_parameters(tmp_path):
     model.save(tmp_path / "model.zip")
     data, params, _ = load_from_zip_file(tmp_path / "model.zip")
     assert set(params) == {"policy", "policy.optimizer"}
-    # The embedding of the timestep is not a parameter
-    assert {name.rsplit(".", 1)[1] for name in params["policy"]} == {"weight", "bias"}
+    # The embedding of the timestep is not a parameter, but statistics are part of a policy
+    networks = {name for name in params["policy"] if "features_extractor" not in name and "normalization" not in name}
+    assert {name.rsplit(".", 1)[1] for name in networks} == {"weight", "bias"}
     assert "rollout_buffer" not in data and "env" not in data
     assert os.path.getsize(tmp_path / "model.zip") < 500_000
 
@@ -99,16 +104,16 @@ def test_save_load_policy(tmp_path, policy_class):
     }[policy_class]
     policy = policy_class(
         observation_space, spaces.Box(-3, 3, (2,)), lambda _: 1e-3, net_arch=[8], share_features_extractor=False,
-        n_flow_steps=4, timestep_embedding_dim=4, output_scale=0.5, action_scale=0.3,
-        action_perturbation_std=0.1, ema_decay=0.9,
+        n_flow_steps=4, output_scale=0.5, action_scale=0.3, squash_type="tanh", normalize_values=False, ortho_init=False,
+        skip_connection=False, action_perturbation_std=0.1, ema_decay=0.9,
     )  # fmt: skip
     policy.save(tmp_path / "policy.pth")
     loaded = policy_class.load(tmp_path / "policy.pth", device="cpu")
     obs = observation_space.sample()
     assert np.array_equal(policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
-    for name in ("n_flow_steps", "timestep_embedding_dim", "output_scale", "action_perturbation_std", "ema_decay",
-                 "prediction_type", "sampler", "sampler_sigma", "squash_output", "action_scale",
-                 "share_features_extractor"):  # fmt: skip
+    for name in ("n_flow_steps", "output_scale", "action_perturbation_std", "ema_decay", "prediction_type", "sampler",
+                 "sampler_sigma", "squash_output", "squash_type", "action_scale", "share_features_extractor",
+                 "skip_connection", "normalize_values", "ortho_init"):  # fmt: skip
         assert getattr(loaded, name) == getattr(policy, name)
 
 

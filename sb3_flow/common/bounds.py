@@ -7,23 +7,35 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 
 
+def is_bounded(action_space: spaces.Box) -> np.ndarray:
+    """
+    :param action_space: Action space
+    :return: which of its dimensions have two finite bounds
+    """
+    return action_space.bounded_below & action_space.bounded_above
+
+
 def middle_and_half_range(action_space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """
-    :param action_space: Action space with finite bounds
-    :return: the middle between the bounds, and half their difference, which is finite even where the difference is not
+    :param action_space: Action space
+    :return: the middle between the bounds, and half their difference, which is finite even where the difference is not.
+        Dimensions without two finite bounds are in env units: there they are the legal action that is closest to zero, and 1
     """
-    low, high = action_space.low / 2, action_space.high / 2
-    return high + low, high - low
+    bounded = is_bounded(action_space)
+    low, high = (np.where(bounded, bound, 0.0).astype(bound.dtype) / 2 for bound in (action_space.low, action_space.high))
+    closest = np.clip(np.zeros_like(low), action_space.low, action_space.high)
+    return np.where(bounded, high + low, closest), np.where(bounded, high - low, 1.0).astype(low.dtype)
 
 
 def warn_if_too_wide(action_space: spaces.Box) -> None:
     """
-    Warn if the difference of the bounds overflows: what is learned in [-1, 1] hardly ever means such actions.
+    Warn if the difference of finite bounds overflows: what is learned in [-1, 1] hardly ever means such actions.
 
-    :param action_space: Action space with finite bounds
+    :param action_space: Action space
     """
+    bounded = is_bounded(action_space)
     with np.errstate(over="ignore"):
-        overflows = ~np.isfinite(action_space.high - action_space.low)
+        overflows = ~np.isfinite(action_space.high[bounded] - action_space.low[bounded])
     if overflows.any():
         warnings.warn(
             f"The bounds of the action space are so wide that their difference overflows: {action_space}. "
@@ -32,7 +44,10 @@ def warn_if_too_wide(action_space: spaces.Box) -> None:
 
 
 class RescaledActionsPolicy(BasePolicy):
-    """Policy whose actions are rescaled from [-1, 1] to the bounds of the action space."""
+    """
+    Policy whose actions are rescaled from [-1, 1] to the bounds of the action space, or are in env units, where a dimension
+    does not have two finite ones (see :func:`middle_and_half_range`).
+    """
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """
@@ -53,6 +68,11 @@ class RescaledActionsPolicy(BasePolicy):
         :return: Action, in env units
         """
         assert isinstance(self.action_space, spaces.Box)
+        low, high = self.action_space.low, self.action_space.high
         # Not low + weight (high - low), which may overflow, nor from the middle, which may miss the bounds
         weight = 0.5 * (scaled_action + 1.0)
-        return (1.0 - weight) * self.action_space.low + weight * self.action_space.high
+        if self.action_space.is_bounded():
+            return (1.0 - weight) * low + weight * high
+        bounded, (middle, _) = is_bounded(self.action_space), middle_and_half_range(self.action_space)
+        low, high = np.where(bounded, low, middle), np.where(bounded, high, middle)
+        return np.where(bounded, (1.0 - weight) * low + weight * high, middle + scaled_action)

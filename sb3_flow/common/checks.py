@@ -81,15 +81,17 @@ def check_floats(
         setattr(instance, name, to_float(name, value, range_))
 
 
-def to_bool(name: str, value: Any) -> bool:
+def to_bool(name: str, value: Any, other: str | None = None) -> bool:
     """
     :param name: Name of the argument, for the error message
     :param value: True or False, of Python or NumPy
+    :param other: What else the argument may be, for the error message
     :return: the same as a ``bool``
     :raises ValueError: if it is something else, as the string "False", which counts as true
     """
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"`{name}` must be True or False, it is {value!r}")
+        choices = "True or False" if other is None else f"True, False or {other}"
+        raise ValueError(f"`{name}` must be {choices}, it is {value!r}")
     return bool(value)
 
 

@@ -24,8 +24,8 @@ Papers: Lipman et al., https://arxiv.org/abs/2210.02747; McAllister et al. (FPO)
 Kingma et al., https://arxiv.org/abs/2107.00630
 """
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 
@@ -40,7 +40,9 @@ LOSS_REDUCTIONS = ("mean", "sum", "sqrt")
 #: Where the timesteps of the Monte-Carlo pairs come from.
 TIMESTEP_DISTRIBUTIONS = ("grid", "uniform", "importance")
 #: How the Monte-Carlo pairs of one action depend on each other.
-MC_SAMPLINGS = ("independent", "stratified")
+SAMPLINGS = ("independent", "stratified")
+#: "uniform" timesteps are at least this far from both ends (FPO++)
+UNIFORM_MARGIN = 0.005
 
 # A noise prediction says nothing about the action at t = 1, nor an action prediction about the noise at t = 0
 # (the conversion divides by 1 - t, or t): such networks are trained and sampled at this distance from there. And the
@@ -59,6 +61,76 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"Unknown `{name}`: {value!r}, it must be one of {', '.join(map(repr, choices))}")
+
+
+class CFMLoss(NamedTuple):
+    """
+    A CFM loss, and how it is estimated. Without arguments it is "elbo".
+
+    :param supervision: What is supervised, whatever the network predicts: "velocity", "noise" or "action", or "elbo" for the
+        weights of the evidence lower bound
+    :param reduction: Reduction of the squared error over the action dimensions: "mean", "sum", or "sqrt" for the sum over the
+        square root of their number
+    :param timestep_distribution: "grid" draws timesteps from those that the sampler visits, "uniform" from [0, 1] (but for
+        ``UNIFORM_MARGIN``), and "importance" those of the grid with a probability proportional to the square root of the
+        weight that their squared error has, which makes the losses of all of them about as large
+    :param sampling: "independent", or "stratified" for less variance: the timesteps of an action are in as many equally likely
+        parts of [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise. A pair
+        picked at random among those of an action is distributed as an independent one, the first, second, ... are not.
+    """
+
+    supervision: str = "elbo"
+    reduction: str = "sum"
+    timestep_distribution: str = "importance"
+    sampling: str = "stratified"
+
+
+#: Its choices, field by field
+CFM_LOSS_CHOICES = CFMLoss(SUPERVISIONS, LOSS_REDUCTIONS, TIMESTEP_DISTRIBUTIONS, SAMPLINGS)  # type: ignore[arg-type]
+#: Those that have a name: with it, the log-ratio is one of likelihoods; those of the authors' codes.
+CFM_LOSSES = {
+    "elbo": CFMLoss(),
+    "fpo": CFMLoss("noise", "mean", "grid", "independent"),
+    "fpo++": CFMLoss("velocity", "sqrt", "uniform", "independent"),
+}
+
+
+def to_cfm_loss(value: Any) -> CFMLoss:
+    """
+    :param value: The argument ``cfm_loss``: a name, a dictionary of fields (the others are those of "elbo"), or all four
+    :return: CFM loss
+    :raises ValueError: if it is something else, or one of the fields is unknown
+    """
+    if isinstance(value, str):
+        check_choice("cfm_loss", value, CFM_LOSSES)
+        return CFM_LOSSES[value]
+    names = ", ".join(map(repr, CFMLoss._fields))
+    if isinstance(value, Mapping):
+        if unknown := sorted(map(str, set(value) - set(CFMLoss._fields))):
+            raise ValueError(f"`cfm_loss` has unknown keys {unknown}, they must be among {names}")
+        loss = CFMLoss(**value)
+    # (of a saved model it is a list)
+    elif isinstance(value, (tuple, list)) and len(value) == len(CFMLoss._fields):
+        loss = CFMLoss(*value)
+    else:
+        raise ValueError(
+            f"`cfm_loss` must be one of {', '.join(map(repr, CFM_LOSSES))}, or a dict of {names}, it is {value!r}"
+        )
+    for name, field, choices in zip(CFMLoss._fields, loss, CFM_LOSS_CHOICES, strict=True):
+        check_choice(f"cfm_loss[{name!r}]", field, choices)
+    return loss
+
+
+class MonteCarloPairs(NamedTuple):
+    """Where the CFM loss of actions is taken, several pairs of noise and timestep for each."""
+
+    #: (n_actions, n_mc_samples, action_dim)
+    noise: th.Tensor
+    #: (n_actions, n_mc_samples)
+    timesteps: th.Tensor
+    #: What makes CFM losses of the squared errors of the network's output, (n_actions, n_mc_samples). That its timestep is
+    #: drawn more or less often than the others is taken into account.
+    weights: th.Tensor
 
 
 def interpolate(actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
@@ -167,53 +239,64 @@ def sampler_grid(n_flow_steps: int) -> list[float]:
     return [1.0 - k / n_flow_steps for k in range(n_flow_steps)]
 
 
+def _grid(n_flow_steps: int, prediction_type: str, supervision: str, device: th.device | str = "cpu") -> th.Tensor:
+    """Times of the sampler at which the loss can be taken, (n_flow_steps,)."""
+    return th.tensor(sampler_grid(n_flow_steps), device=device).clamp_(*timestep_range(prediction_type, supervision))
+
+
+def check_flow_steps(loss: CFMLoss, prediction_type: str, n_flow_steps: int) -> None:
+    """
+    Check that there is a time with a loss: that of a noise is zero at t = 1, the only one that a single step visits.
+
+    :param loss: CFM loss
+    :param prediction_type: what the network predicts
+    :param n_flow_steps: Number of steps of the sampler
+    :raises ValueError: if there is none
+    """
+    on_grid = loss.timestep_distribution != "uniform"
+    if on_grid and not _error_scale(loss.supervision, _grid(n_flow_steps, prediction_type, loss.supervision)).any():
+        raise ValueError(
+            f"`n_flow_steps` must be at least 2 for this `cfm_loss`, which is zero at t = 1, it is {n_flow_steps}"
+        )
+
+
 def draw_pairs(
-    n_actions: int,
-    action_dim: int,
-    n_mc_samples: int,
-    sampling: str = "independent",
-    distribution: str = "uniform",
-    n_flow_steps: int = 1,
+    shape: tuple[int, int, int],
+    loss: CFMLoss,
     prediction_type: str = "velocity",
-    supervision: str = "velocity",
+    n_flow_steps: int = 10,
     device: th.device | str = "cpu",
-) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+) -> MonteCarloPairs:
     """
     Draw the Monte-Carlo pairs of a batch of actions. The mean over the pairs of an action has the same expectation however
     they are sampled.
 
-    :param n_actions: Number of actions
-    :param action_dim: Number of action dimensions
-    :param n_mc_samples: Number of pairs for each action
-    :param sampling: "independent", or "stratified" for less variance: the timesteps are in as many equally likely parts of
-        [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise. A pair picked
-        at random among those of an action is distributed as an independent one, the first, second, ... are not.
-    :param distribution: "grid" draws timesteps from those that the sampler visits (as the authors' code does),
-        "uniform" from [0, 1] (as the paper is written), and "importance" those of the grid with a probability proportional
-        to the square root of the weight that their squared error has, which makes the losses of all of them about as large
+    :param shape: (n_actions, n_mc_samples, action_dim)
+    :param loss: The CFM loss to estimate
+    :param prediction_type: what the network predicts
     :param n_flow_steps: Number of steps of the sampler
-    :param prediction_type: what the network predicts, see ``timestep_range``
-    :param supervision: and what the loss supervises
     :param device: Device of the result
-    :return: noise, (n_actions, n_mc_samples, action_dim), timesteps, (n_actions, n_mc_samples), and the weights with which
-        their losses have the same mean as those of the grid, (n_actions, n_mc_samples): one, but for "importance"
+    :return: pairs
     """
-    noise = th.randn((n_actions, n_mc_samples, action_dim), device=device)
-    timesteps = th.rand((n_actions, n_mc_samples), device=device)
-    if sampling == "stratified":
+    n_mc_samples = shape[1]
+    noise, timesteps = th.randn(shape, device=device), th.rand(shape[:2], device=device)
+    if loss.sampling == "stratified":
         timesteps = (timesteps + th.arange(n_mc_samples, device=device)) / n_mc_samples
         noise[:, 1::2] = -noise[:, : n_mc_samples - 1 : 2]
-    if distribution == "uniform":
-        return noise, timesteps.clamp_(*timestep_range(prediction_type, supervision)), th.ones_like(timesteps)
-    grid = th.tensor(sampler_grid(n_flow_steps), device=device).clamp_(*timestep_range(prediction_type, supervision))
-    odds = _error_scale(supervision, grid) if distribution == "importance" else th.ones_like(grid)
-    indices = th.searchsorted(odds.cumsum(0), timesteps * odds.sum(), right=True).clamp_(max=n_flow_steps - 1)
-    return noise, grid[indices], (odds.mean() / odds)[indices]
+    if loss.timestep_distribution == "uniform":
+        timesteps = UNIFORM_MARGIN + (1 - 2 * UNIFORM_MARGIN) * timesteps
+        timesteps = timesteps.clamp_(*timestep_range(prediction_type, loss.supervision))
+        importance = th.ones_like(timesteps)
+    else:
+        grid = _grid(n_flow_steps, prediction_type, loss.supervision, device)
+        odds = _error_scale(loss.supervision, grid) if loss.timestep_distribution == "importance" else th.ones_like(grid)
+        indices = th.searchsorted(odds.cumsum(0), timesteps * odds.sum(), right=True).clamp_(max=n_flow_steps - 1)
+        timesteps, importance = grid[indices], (odds.mean() / odds)[indices]
+    weights = loss_weights(timesteps, shape[2], prediction_type, loss.supervision, loss.reduction)
+    return MonteCarloPairs(noise, timesteps, importance * weights)
 
 
-def loss_weights(
-    timesteps: th.Tensor, action_dim: int, prediction_type: str, supervision: str, reduction: str = "mean"
-) -> th.Tensor:
+def loss_weights(timesteps: th.Tensor, action_dim: int, prediction_type: str, supervision: str, reduction: str) -> th.Tensor:
     """
     What the CFM loss multiplies the squared error of a network's output with.
 

@@ -80,7 +80,7 @@ def evidence_lower_bound(
     :math:`t = \\tau`, where :math:`x_\\tau` is decoded with its own standard deviation :math:`\\tau / (1 - \\tau)`.
     For the exact flow of a distribution it is the density of the flow, and the bound is tight as :math:`\\tau` goes to zero.
 
-    FPO trains with this loss with ``supervision="elbo"``. Its others have other weights, 1 with "velocity" and
+    FPO trains with this loss with ``cfm_loss="elbo"``. Others (``supervision``) have other weights, 1 with "velocity" and
     :math:`(1 - t)^2` with "noise". The first is, up to a constant, a bound for actions to which noise has been added,
     because its weight over that of the formula increases with t (https://arxiv.org/abs/2303.00848); the second is not a
     bound on a likelihood.

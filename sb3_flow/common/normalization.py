@@ -12,66 +12,87 @@ from torch import nn
 
 from sb3_flow import distributed
 
-#: Those of SB3's ``VecNormalize``: the bound on normalized observations, and what is added to their variance
-CLIP_OBS, EPSILON = 10.0, 1e-8
-#: Decay of the moments of the returns, for one rollout
-DECAY = 0.9
-#: Least variance of the returns
-MIN_VAR = 1e-4
+#: Bound on normalized observations, that of SB3's ``VecNormalize``
+CLIP_OBS = 10.0
+#: What is added to the variance of observations, as there
+EPSILON = 1e-8
+#: Weight of the returns of the last rollout: those of former policies are forgotten
+LAST_ROLLOUT = 0.2
+#: Least standard deviation of returns
+MIN_STD = 1e-2
 
 
-class RunningNormalization(nn.Flatten):
+class RunningStatistics(nn.Module):
     """
-    Flatten, subtract the mean of all that was seen, and divide by its standard deviation.
+    Mean and variance of what was seen.
 
     :param n_features: Number of features
+    :param last_weight: Weight of what was seen last, beside zero and one, which they start with. None if all counts alike
     """
 
     mean: th.Tensor
     var: th.Tensor
     count: th.Tensor
 
-    def __init__(self, n_features: int):
+    def __init__(self, n_features: int, last_weight: float | None = None):
         super().__init__()
+        self.last_weight = last_weight
         self.register_buffer("mean", th.zeros(n_features))
         self.register_buffer("var", th.ones(n_features))
-        self.register_buffer("count", th.zeros((), dtype=th.float64))
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: (batch, ...)
-        :return: normalized, within ±10, (batch, n_features)
-        """
-        return ((super().forward(x) - self.mean) * (self.var + EPSILON).rsqrt()).clamp(-CLIP_OBS, CLIP_OBS)
+        self.register_buffer("count", th.zeros(()))
 
     @th.no_grad()
     def update(self, x: th.Tensor) -> None:
         """
         Take in what was seen, in all processes (Chan et al., 1983).
 
+        :param x: (batch, n_features), of as many in each process
+        """
+        n_seen = len(x) * distributed.world_size()
+        self.count += n_seen
+        weight = n_seen / self.count if self.last_weight is None else self.last_weight
+        mean = distributed.mean(x.mean(0))
+        var = distributed.mean((x - mean).square().mean(0))
+        shift = mean - self.mean
+        self.var.lerp_(var + (1 - weight) * shift.square(), weight)
+        self.mean += weight * shift
+
+
+class RunningNormalization(nn.Flatten):
+    """
+    Flatten, subtract the mean of what was seen, and divide by its standard deviation.
+
+    :param n_features: Number of features
+    """
+
+    def __init__(self, n_features: int):
+        super().__init__()
+        self.statistics = RunningStatistics(n_features)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: (batch, ...)
+        :return: within ±10, (batch, n_features)
+        """
+        mean, var = self.statistics.mean, self.statistics.var
+        return ((super().forward(x) - mean) * (var + EPSILON).rsqrt()).clamp(-CLIP_OBS, CLIP_OBS)
+
+    def update(self, x: th.Tensor) -> None:
+        """
         :param x: (batch, ...), of as many in each process
         """
-        # Moments about the former mean
-        x = super().forward(x).double() - self.mean
-        first, second = distributed.mean(th.stack([x.mean(0), x.square().mean(0)]))
-        count = self.count + len(x) * distributed.world_size()
-        weight = 1 - self.count / count
-        shift = weight * first
-        self.var.copy_(((1 - weight) * self.var + weight * second - shift.square()).clamp(min=0))
-        self.mean += shift
-        self.count.copy_(count)
+        self.statistics.update(super().forward(x))
 
 
 class NormalizedFlattenExtractor(FlattenExtractor):
     """
-    SB3's ``FlattenExtractor`` with normalized features, the default of "MlpPolicy".
+    SB3's ``FlattenExtractor`` with normalized features (those of a ``Box``: others are one-hot).
 
     :param observation_space: The observation space of the environment
     """
 
     def __init__(self, observation_space: spaces.Space):
         super().__init__(observation_space)
-        # (others are one-hot)
         if isinstance(observation_space, spaces.Box):
             self.flatten = RunningNormalization(self.features_dim)
 
@@ -85,7 +106,7 @@ class NormalizedFlattenExtractor(FlattenExtractor):
 
 class NormalizedCombinedExtractor(CombinedExtractor):
     """
-    SB3's ``CombinedExtractor`` with the features of vectors normalized, the default of "MultiInputPolicy".
+    SB3's ``CombinedExtractor`` with normalized features, but those of images (and what is one-hot).
 
     :param observation_space: The observation space of the environment
     :param cnn_output_dim: Number of features to output from each CNN submodule(s)
@@ -95,7 +116,7 @@ class NormalizedCombinedExtractor(CombinedExtractor):
     def __init__(self, observation_space: spaces.Dict, cnn_output_dim: int = 256, normalized_image: bool = False):
         super().__init__(observation_space, cnn_output_dim, normalized_image)
         for key, subspace in observation_space.spaces.items():
-            if isinstance(subspace, spaces.Box) and isinstance(self.extractors[key], nn.Flatten):
+            if isinstance(subspace, spaces.Box) and type(self.extractors[key]) is nn.Flatten:
                 self.extractors[key] = RunningNormalization(get_flattened_obs_dim(subspace))
 
     def update(self, observations: dict[str, th.Tensor]) -> None:
@@ -109,42 +130,33 @@ class NormalizedCombinedExtractor(CombinedExtractor):
 
 class ValueNormalization(nn.Module):
     """
-    Mean and standard deviation of returns, for a value network whose own output is normalized, with PopArt
-    (https://arxiv.org/abs/1602.07714): when they change, the last layer does too, so that the values stay as they are.
+    The output of a value network in units of the standard deviation of the returns, from their mean, as PopArt has it
+    (https://arxiv.org/abs/1602.07714): when these change, the last layer does too, so that the values stay what they are.
     """
-
-    mean: th.Tensor
-    std: th.Tensor
-    weight: th.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name, value in (("mean", 0.0), ("std", 1.0), ("weight", 0.0), ("first", 0.0), ("second", 0.0)):
-            self.register_buffer(name, th.tensor(value, dtype=th.float64))
+        self.returns = RunningStatistics(1, LAST_ROLLOUT)
+
+    @property
+    def std(self) -> th.Tensor:
+        """Standard deviation of the returns, (1,)."""
+        return self.returns.var.sqrt().clamp(min=MIN_STD)
 
     def forward(self, outputs: th.Tensor) -> th.Tensor:
         """
-        :param outputs: of the last layer
-        :return: values
+        :param outputs: of the last layer, (batch, 1)
+        :return: values, (batch, 1)
         """
-        return outputs * self.std.to(outputs) + self.mean.to(outputs)
+        return th.addcmul(self.returns.mean, outputs, self.std)
 
     @th.no_grad()
     def update(self, returns: th.Tensor, last_layer: nn.Linear) -> None:
         """
-        Take in the returns of a rollout, in all processes.
-
-        :param returns: (batch,)
+        :param returns: Those of a rollout, (batch,), of as many in each process
         :param last_layer: Of the value network
         """
-        returns = returns.double()
-        first, second = distributed.mean(th.stack([returns.mean(), returns.square().mean()]))
-        for average, value in ((self.weight, 1.0), (self.first, first), (self.second, second)):
-            average.mul_(DECAY).add_((1 - DECAY) * value)
-        mean, std = self.mean.clone(), self.std.clone()
-        self.mean.copy_(self.first / self.weight)
-        self.std.copy_((self.second / self.weight - self.mean.square()).clamp(min=MIN_VAR).sqrt())
-        last_layer.weight.mul_((std / self.std).to(last_layer.weight))
-        last_layer.bias.mul_(std.to(last_layer.bias)).add_((mean - self.mean).to(last_layer.bias)).div_(
-            self.std.to(last_layer.bias)
-        )
+        mean, std = self.returns.mean.clone(), self.std
+        self.returns.update(returns.unsqueeze(1))
+        last_layer.weight *= std / self.std
+        last_layer.bias.copy_((last_layer.bias * std + mean - self.returns.mean) / self.std)

@@ -10,8 +10,8 @@ import torch as th
 
 #: One ratio for each transition (FPO), or for each Monte-Carlo pair (FPO++).
 RATIO_TYPES = ("averaged", "per_sample")
-#: PPO's clip, SPO's quadratic penalty, or PPO's where the advantage is positive and SPO's where it is negative.
-TRUST_REGIONS = ("ppo", "spo", "aspo")
+#: PPO's clip, or that where the advantage is positive and SPO's quadratic penalty where it is negative.
+TRUST_REGIONS = ("ppo", "aspo")
 
 
 def _clip_values(x: th.Tensor, low: float | None, high: float) -> th.Tensor:
@@ -74,16 +74,15 @@ def surrogate_objective(
     :param advantages: (batch, 1)
     :param clip_range: Size of the trust region, a number or a tensor
     :param trust_region: "ppo": :math:`\\min(r A, \\mathrm{clip}(r, 1-\\varepsilon, 1+\\varepsilon) A)`,
-        "spo": :math:`r A - |A| (r - 1)^2 / (2 \\varepsilon)` (https://arxiv.org/abs/2401.16025),
-        "aspo": the first where A >= 0, the second where A < 0 (FPO++)
+        "aspo" (FPO++): the same where A >= 0, and where A < 0 that of SPO (https://arxiv.org/abs/2401.16025),
+        :math:`r A - |A| (r - 1)^2 / (2 \\varepsilon)`
     :return: (batch, n)
     """
     unclipped = advantages * ratio
-    if trust_region != "spo":
-        # (both bounds are numbers, or both tensors, which mypy does not see)
-        clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)  # type: ignore[arg-type]
-        ppo = th.min(unclipped, clipped)
-        if trust_region == "ppo":
-            return ppo
+    # (both bounds are numbers, or both tensors, which mypy does not see)
+    clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)  # type: ignore[arg-type]
+    ppo = th.min(unclipped, clipped)
+    if trust_region == "ppo":
+        return ppo
     spo = unclipped - advantages.abs() / (2 * clip_range) * (ratio - 1).square()
-    return spo if trust_region == "spo" else th.where(advantages >= 0, ppo, spo)
+    return th.where(advantages >= 0, ppo, spo)

@@ -28,18 +28,16 @@ from sb3_flow.common.cuda_graphs import (
 )
 from sb3_flow.common.distributed_algorithm import DistributedOnPolicyAlgorithm, learns_together
 from sb3_flow.common.flow import (
-    LOSS_REDUCTIONS,
-    MC_SAMPLINGS,
-    SUPERVISIONS,
-    TIMESTEP_DISTRIBUTIONS,
+    CFMLoss,
     check_choice,
+    check_flow_steps,
     draw_pairs,
     flow_target,
     interpolate,
-    loss_weights,
     rescale_error,
     squared_error,
     to_action,
+    to_cfm_loss,
 )
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
@@ -49,8 +47,8 @@ SelfFPO = TypeVar("SelfFPO", bound="FPO")
 
 #: What the captured graph of an update depends on (beside the policy and its optimizer)
 IN_GRAPH = (
-    "ent_coef", "vf_coef", "max_grad_norm", "bounds_loss_coef", "supervision", "loss_reduction", "ratio_type", "trust_region",
-    "cfm_loss_clip", "log_ratio_clip", "normalize_advantage", "positive_advantage", "target_kl",
+    "ent_coef", "vf_coef", "max_grad_norm", "bounds_loss_coef", "ratio_type", "trust_region", "cfm_loss_clip",
+    "log_ratio_clip", "normalize_advantage", "target_kl",
 )  # fmt: skip
 #: What arguments that are floats may be, which of them may be None, and which functions of the progress.
 FLOATS = dict(
@@ -125,6 +123,8 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     Paper: https://arxiv.org/abs/2507.21053 (FPO), https://arxiv.org/abs/2602.02481 (FPO++)
     Reference implementation: https://github.com/akanazawa/fpo
 
+    The defaults are what learns on most tasks. Those of the papers are in :mod:`sb3_flow.presets`.
+
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: The learning rate, it can be a function
@@ -137,54 +137,37 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
     :param clip_range: Size of the trust region, it can be a function of the current progress
-        remaining (from 1 to 0). The ratio of FPO is more sensitive than that of PPO: 0.2 is too large for most tasks.
+        remaining (from 1 to 0). It means what it means for PPO with ``cfm_loss="elbo"``. With others the ratio is more
+        sensitive, the papers have 0.05.
     :param clip_range_vf: Clipping parameter for the value function,
         it can be a function of the current progress remaining (from 1 to 0).
         This is a parameter specific to the OpenAI implementation. If None is passed (default),
         no clipping will be done on the value function.
         IMPORTANT: this clipping depends on the reward scaling.
-    :param normalize_advantage: Whether to normalize or not the advantage (in each minibatch)
+    :param normalize_advantage: Whether to normalize or not the advantage, in each minibatch (True), or "rollout" to normalize
+        it over the whole rollout (FPO++)
     :param ent_coef: Entropy coefficient for the loss calculation. The entropy is that of the actions squashed by a tanh, which
-        is largest when they fill the bounds (with ``squash_output=False`` that of the actions as they are, which drives them
-        out). Its gradient is taken with the CFM losses in place of log-likelihoods, so that it is one only with
-        ``supervision="elbo"``, ``loss_reduction="sum"`` and baseline actions
+        is largest when they fill the bounds. Its gradient is taken with the CFM losses in place of log-likelihoods, so that
+        it is one only with ``cfm_loss="elbo"`` and baseline actions
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
-    :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
     :param bounds_loss_coef: Coefficient of a loss on predicted actions far outside of the bounds of the action space, where
-        rewards no longer depend on the action (rl_games has it on the mean of a Gaussian): see ``FlowPolicy.bounds_loss``
+        rewards no longer depend on the action: see ``FlowPolicy.bounds_loss``
+    :param cfm_loss: The conditional flow matching loss, and how it is estimated: "elbo", whose log-ratio is one of
+        likelihoods, "fpo" (as the authors' code of FPO), "fpo++", or a dict of the arguments of
+        :class:`~sb3_flow.common.flow.CFMLoss`, where the others are those of "elbo".
     :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
         drawn once per rollout. A small number biases the ratio upwards.
-    :param mc_sampling: "independent" for pairs that are independent of each other (authors' code), or "stratified" for less
-        variance of the ratio and its gradient at the same cost: timesteps spread evenly, with opposite noise at
-        neighbouring ones, and pairs of baseline actions that are sampled from opposite noise
     :param n_baseline_actions: Number of further actions, drawn for each observation of the rollout from the policy that
-        collected it, whose change in CFM loss is subtracted from that of the action taken. ``exp(-CFM loss)`` is not
-        normalised: what raises or lowers the loss of all actions alike is not a change of the policy, but without a
-        baseline (0, authors' code) the errors of the value function are multiplied with it. Each one costs as much as
-        the action itself. As few as there are they add as much variance as the action taken has, but for a pair of opposite
-        ones (``mc_sampling="stratified"``), which has none where the flow is a Gaussian with another mean.
-    :param timestep_distribution: Where the timesteps of the pairs come from: "grid" (the times that the sampler
-        visits, authors' code), "uniform", or "importance" for less variance: those of the grid, more often where the squared
-        error has more weight (by its square root), with losses that are weighted less in return. For ``supervision="elbo"``,
-        whose weights are far apart.
-    :param supervision: What the CFM loss supervises: "velocity", "noise" (authors' default) or "action"
-        (what the network predicts is ``policy_kwargs=dict(prediction_type=...)``), or "elbo" for the weights of the evidence
-        lower bound. With these (and ``loss_reduction="sum"``) the log-ratio is an estimate of that of the likelihoods, down to
-        a standard deviation of about 2 / ``n_flow_steps`` of the raw actions, and ``clip_range`` means what it means for PPO
-        if the ratio is averaged (one ratio for each pair is spread more, and clipped more often); with the others the trust
-        region gets larger as the policy gets narrower.
-    :param loss_reduction: Reduction of the CFM loss over the action dimensions: "mean", "sum",
-        or "sqrt" (the sum over the square root of their number, FPO++)
+        collected it, whose change in CFM loss is subtracted from that of the action taken: what changes the loss of all
+        actions alike does not change the policy. Each one costs as much as the action itself. The papers have none.
     :param ratio_type: "averaged" for one ratio per transition (FPO), "per_sample" for one per Monte-Carlo pair (FPO++)
-    :param trust_region: "ppo" for PPO's clipping, "spo" for the quadratic penalty of SPO,
-        "aspo" for PPO's where the advantage is positive and SPO's where it is negative (FPO++)
+    :param trust_region: "ppo" for PPO's clipping, or "aspo" for PPO's where the advantage is positive and the quadratic
+        penalty of SPO where it is negative (FPO++)
     :param cfm_loss_clip: Upper bound on the CFM losses before they are compared, no bound if None
     :param log_ratio_clip: Bound on the absolute value of the log-ratio, no bound if None. Where the advantage is negative,
         PPO's objective pushes an action away with a force proportional to its ratio, however large: this bounds it. It must
         be more than ``-log(1 - clip_range)``.
-    :param positive_advantage: Whether to use ``softplus(advantage)``, which is never negative, in place of the
-        normalized advantage
     :param ema_decay: Decay, for one iteration (a rollout and its epochs), of an exponential moving average of the actor
         (FPO++), which is then what predicts, is evaluated and is saved beside the actor. No average is kept if None (default).
     :param ema_start: Number of iterations before the averaging starts
@@ -221,31 +204,26 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         self,
         policy: str | type[FlowPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         n_steps: int = 2048,
-        batch_size: int = 256,
+        batch_size: int = 512,
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | Schedule = 0.05,
+        clip_range: float | Schedule = 0.2,
         clip_range_vf: float | Schedule | None = None,
-        normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
-        vf_coef: float = 0.25,
+        normalize_advantage: bool | str = True,
+        ent_coef: float = 0.01,
+        vf_coef: float = 0.5,
         max_grad_norm: float | None = 0.5,
-        use_sde: bool = False,
-        bounds_loss_coef: float = 0.0,
-        n_mc_samples: int = 8,
-        mc_sampling: str = "independent",
-        n_baseline_actions: int = 0,
-        timestep_distribution: str = "grid",
-        supervision: str = "noise",
-        loss_reduction: str = "mean",
-        ratio_type: str = "averaged",
+        bounds_loss_coef: float = 0.3,
+        cfm_loss: str | dict[str, str] | CFMLoss = "elbo",
+        n_mc_samples: int = 4,
+        n_baseline_actions: int = 2,
+        ratio_type: str = "per_sample",
         trust_region: str = "ppo",
         cfm_loss_clip: float | None = None,
-        log_ratio_clip: float | None = 3.0,
-        positive_advantage: bool = False,
+        log_ratio_clip: float | None = 0.5,
         ema_decay: float | None = None,
         ema_start: int = 500,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
@@ -260,9 +238,6 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if use_sde:
-            raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
-
         super().__init__(
             policy,  # type: ignore[arg-type]
             env,
@@ -293,17 +268,13 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.bounds_loss_coef = bounds_loss_coef
+        self.cfm_loss: Any = cfm_loss
         self.n_mc_samples = n_mc_samples
-        self.mc_sampling = mc_sampling
         self.n_baseline_actions = n_baseline_actions
-        self.timestep_distribution = timestep_distribution
-        self.supervision = supervision
-        self.loss_reduction = loss_reduction
         self.ratio_type = ratio_type
         self.trust_region = trust_region
         self.cfm_loss_clip = cfm_loss_clip
         self.log_ratio_clip = log_ratio_clip
-        self.positive_advantage = positive_advantage
         self.ema_decay = ema_decay
         self.ema_start = ema_start
         self._n_iterations = 0
@@ -324,10 +295,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             self._check_flow_steps()
 
     def _check_arguments(self) -> None:
-        check_choice("timestep_distribution", self.timestep_distribution, TIMESTEP_DISTRIBUTIONS)
-        check_choice("mc_sampling", self.mc_sampling, MC_SAMPLINGS)
-        check_choice("supervision", self.supervision, SUPERVISIONS)
-        check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        self.cfm_loss = to_cfm_loss(self.cfm_loss)
         check_choice("ratio_type", self.ratio_type, RATIO_TYPES)
         check_choice("trust_region", self.trust_region, TRUST_REGIONS)
         integers = dict(n_steps=1, batch_size=1, n_epochs=1, n_mc_samples=1, ema_start=0, n_baseline_actions=0)
@@ -337,12 +305,13 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             # The error of SB3's PPO
             assert not self.clip_range_vf <= 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
         check_floats(self, FLOATS, OPTIONAL, SCHEDULES)
-        for name in ("normalize_advantage", "positive_advantage", "compile"):
-            setattr(self, name, to_bool(name, getattr(self, name)))
+        self.compile = to_bool("compile", self.compile)
+        if self.normalize_advantage != "rollout":
+            self.normalize_advantage = to_bool("normalize_advantage", self.normalize_advantage, '"rollout"')
 
         # Sanity check, otherwise it will lead to noisy gradient and NaN
         # because of the advantage normalization
-        if self.normalize_advantage:
+        if self.normalize_advantage is True:
             assert self.batch_size > 1, "`batch_size` must be greater than 1, or `normalize_advantage` be False"
 
         if self.env is not None:
@@ -366,8 +335,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
                 )
 
     def _check_flow_steps(self) -> None:
-        if self.timestep_distribution == "importance" and self.policy.n_flow_steps < 2:
-            raise ValueError('`n_flow_steps` must be at least 2 with timestep_distribution="importance", it is 1')
+        check_flow_steps(self.cfm_loss, self.policy.prediction_type, self.policy.n_flow_steps)
 
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, FlowPolicy):
@@ -420,7 +388,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         Update policy using the currently gathered rollout buffer.
 
         :raises ValueError: before any weight is changed, if a reward, an observation, a loss or a gradient is not finite, or
-            the sampler has a single step and ``timestep_distribution="importance"``
+            there is no CFM loss at the times of the sampler
         """
         # Update optimizer learning rate
         self._update_learning_rate(self.policy.optimizer)
@@ -544,9 +512,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         :param clip_range: Size of the trust region
         :return: mean over the batch
         """
-        if self.positive_advantage:
-            advantages = F.softplus(advantages)
-        elif self.normalize_advantage:
+        if self.normalize_advantage is True:
             advantages = distributed.normalize(advantages)
         advantages = advantages + self.ent_coef * surprise
         return -surrogate_objective(ratio, advantages.unsqueeze(1), clip_range, self.trust_region).mean()
@@ -566,7 +532,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             values = batch.old_values + change
         loss = F.mse_loss(batch.returns, values)
         if self.policy.value_normalization is not None:
-            loss = loss / self.policy.value_normalization.std.square().to(loss)
+            loss = loss / self.policy.value_normalization.std.square().squeeze()
         return loss
 
     def _optimization_step(self, loss: th.Tensor, statistics: dict[str, th.Tensor]) -> None:
@@ -621,8 +587,6 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             return f"{type(self).__name__} is an algorithm of its own"
         if self.target_kl is not None:
             return "`target_kl` is decided between the gradient and the step"
-        if self.bounds_loss_coef != 0 and not self.policy.squash_output:
-            return "`bounds_loss_coef` without `squash_output` waits for the device"
         if type(self.policy) not in self.policy_aliases.values():
             return f"{type(self.policy).__name__} is a policy of its own"
         return find_obstacle(self.policy, [type(self.policy), AveragedModel], self.policy.optimizer)
@@ -679,15 +643,11 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
 
         # set_sampler() may have changed it
         self._check_flow_steps()
-        return FlowRollout(
-            data.observations,
-            data.old_values,
-            data.advantages,
-            data.returns,
-            *self._draw_points(data.observations, data.actions),
-        )
+        advantages = distributed.normalize(data.advantages) if self.normalize_advantage == "rollout" else data.advantages
+        points = self._draw_points(data.observations, data.actions)
+        return FlowRollout(data.observations, data.old_values, advantages, data.returns, **points)
 
-    def _draw_points(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+    def _draw_points(self, observations: PyTorchObs, actions: th.Tensor) -> dict[str, th.Tensor]:
         """
         Draw baseline actions, and Monte-Carlo pairs for them and the actions taken: all that the CFM losses need but the
         network.
@@ -696,29 +656,18 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         :param actions: taken there, (n_transitions, action_dim)
         :return: actions, x_t, targets, timesteps and weights, as in :class:`FlowRollout`
         """
-        prediction_type, action_dim = self.policy.prediction_type, actions.shape[1]
-        noise, timesteps, weights = draw_pairs(
-            len(actions),
-            action_dim,
-            self.n_mc_samples,
-            self.mc_sampling,
-            self.timestep_distribution,
-            self.policy.n_flow_steps,
-            prediction_type,
-            self.supervision,
-            self.device,
-        )
+        prediction_type = self.policy.prediction_type
+        shape = (len(actions), self.n_mc_samples, actions.shape[1])
+        pairs = draw_pairs(shape, self.cfm_loss, prediction_type, self.policy.n_flow_steps, self.device)
         actions = actions.unsqueeze(1)
         if self.n_baseline_actions > 0:
             actions = th.cat([actions, self._draw_baseline_actions(observations, len(actions))], dim=1)
         # The pairs are the same for all actions of a transition
-        actions, noise, timesteps, weights = (
-            actions.unsqueeze(2), noise.unsqueeze(1), timesteps.unsqueeze(1), weights.unsqueeze(1)
-        )  # fmt: skip
+        actions = actions.unsqueeze(2)
+        noise, timesteps, weights = (x.unsqueeze(1) for x in pairs)
         x_t = interpolate(actions, noise, timesteps)
         targets = flow_target(prediction_type, actions, noise).expand(x_t.shape).contiguous()
-        weights = weights * loss_weights(timesteps, action_dim, prediction_type, self.supervision, self.loss_reduction)
-        return actions, x_t, targets, timesteps, weights
+        return dict(actions=actions, x_t=x_t, targets=targets, timesteps=timesteps, weights=weights)
 
     def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> th.Tensor:
         """
@@ -729,7 +678,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         :return: (n_transitions, n_baseline_actions, action_dim)
         """
         noise = th.randn((n_transitions, self.n_baseline_actions, self.rollout_buffer.action_dim), device=self.device)
-        if self.mc_sampling == "stratified":
+        if self.cfm_loss.sampling == "stratified":
             n_opposite = self.n_baseline_actions // 2
             noise[:, n_opposite : 2 * n_opposite] = -noise[:, :n_opposite]
         minibatches = self._minibatches(n_transitions)
@@ -758,8 +707,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         """
         if self.ent_coef == 0:
             return th.zeros_like(rollout.advantages)
-        points = self._draw_points(rollout.observations, rollout.actions[:, 0, 0])
-        rollout = FlowRollout(*rollout[:4], *points)
+        rollout = rollout._replace(**self._draw_points(rollout.observations, rollout.actions[:, 0, 0]))
         batches = map(rollout.select, self._minibatches(len(rollout.actions)))
         with th.no_grad():
             losses = th.cat([self._cfm_loss(self._flow_output(batch), batch) for batch in batches])

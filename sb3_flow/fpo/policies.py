@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_flow.common.activations import is_transformed
-from sb3_flow.common.bounds import RescaledActionsPolicy, middle_and_half_range, warn_if_too_wide
+from sb3_flow.common.bounds import RescaledActionsPolicy, is_bounded, middle_and_half_range, warn_if_too_wide
 from sb3_flow.common.checks import DECAY, NOT_NEGATIVE, POSITIVE, to_bool, to_float, to_int, to_net_arch
 from sb3_flow.common.cuda_graphs import (
     CAPTURED_SAMPLERS,
@@ -40,8 +40,8 @@ from sb3_flow.common.normalization import NormalizedCombinedExtractor, Normalize
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import VelocityField, check_sampler
 
-#: How raw actions are brought into [-1, 1].
-SQUASH_TYPES = ("tanh", "clip")
+#: How raw actions are brought into the bounds.
+SQUASH_TYPES = ("clip", "tanh")
 #: How far from the middle actions may be without a loss (``bounds_loss_coef``), in units of half the distance of the bounds,
 #: before they are squashed or clipped.
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
@@ -52,24 +52,21 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     Actor-critic policy whose actor is a flow: an action is sampled by integrating a learned
     velocity field from Gaussian noise (t = 1) to the action (t = 0). Used by FPO.
 
-    The flow lives in an unbounded space: a *raw* action. With ``squash_output=True`` the environment receives
-    ``tanh(action_scale * raw)`` (or, with ``squash_type="clip"``, ``action_scale * raw`` clipped to [-1, 1]) rescaled to
-    the bounds of the action space, otherwise the raw action (in env units) clipped to them. Buffers and losses only see
-    raw actions.
+    The flow lives in an unbounded space: a *raw* action. The environment receives ``action_scale * raw`` clipped to [-1, 1]
+    (or, with ``squash_type="tanh"``, its tanh), rescaled to the bounds of the action space. In a dimension without two finite
+    bounds it receives ``action_scale * raw`` in env units, clipped to a bound if there is one. Buffers and losses only see raw
+    actions.
 
     :param observation_space: Observation space
-    :param action_space: Action space, a ``Box`` (with finite bounds if ``squash_output``)
+    :param action_space: Action space, a ``Box`` (with finite bounds for ``squash_type="tanh"``)
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: The specification of the policy (flow) and value networks.
     :param activation_fn: Activation function
-    :param ortho_init: Whether to use or not orthogonal initialization
-    :param lecun_init: Otherwise, whether to use LeCun-uniform initialization (authors' code), instead of that of PyTorch,
-        whose smaller weights make a new network almost linear: to be used with a larger ``output_scale``
+    :param ortho_init: Whether to use or not orthogonal initialization, which makes a new network almost linear: to be used
+        with a larger ``output_scale``. Otherwise weights are LeCun-uniform (authors' code).
     :param use_sde: gSDE has no meaning for a flow: must be False
-    :param squash_output: Whether to squash the raw action to [-1, 1] and rescale it to the bounds of the action space,
-        or to take it to be in env units and clip it to the bounds
-    :param squash_type: How to squash: "tanh" (authors' code), or "clip", which keeps the noise of exploration the same
-        when the actions are large
+    :param squash_type: How to bring actions into the bounds: "clip", which keeps the noise of exploration the same when the
+        actions are large, or "tanh" (authors' code)
     :param action_scale: Factor on the raw action before it is squashed. The raw actions of a new policy are about
         standard normal: this is the standard deviation that exploration starts with, as ``exp(log_std_init)``
         is for a Gaussian policy. (The "sde" sampler adds its own noise, and with ``prediction_type="noise"`` so do the
@@ -86,13 +83,11 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         excluding the learning rate, to pass to the optimizer
     :param n_flow_steps: Number of steps of the sampler, from noise to action
     :param prediction_type: What the flow network predicts: "velocity", "noise" or "action"
-    :param timestep_embedding_dim: Number of Fourier features of the timestep (even; 0: the timestep itself)
     :param output_scale: Factor on the output of the flow network
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
-        distribution as it is: then a new policy is a standard Gaussian (but for what its layers, not zero, add, see
-        ``action_scale``), and its CFM loss close to its least. Without (authors'
-        code), a new policy is about the same, but what lowers the CFM losses of all actions is most of the slope.
-        For ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
+        distribution as it is: then a new policy is a standard Gaussian, and its CFM loss close to its least. For
+        ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
+        (The authors' code has none.)
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
         (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
         It can be changed later: :meth:`set_sampler`.
@@ -101,10 +96,15 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         during training (exploration); predictions are not perturbed
     :param ema_decay: Decay of the exponential moving average of the actor that predicts, see :class:`FPO`.
         No average is kept if None.
+    :param normalize_values: Whether the value network learns values that are normalized by the returns (PopArt)
     :raises ValueError: if an argument has no meaning for a flow policy or is out of its range
     """
 
     action_net: FlowNetwork
+    #: Which dimensions have two finite bounds, and the soft bounds of all, in units of half the distance of the bounds
+    _bounded: th.Tensor
+    _soft_low: th.Tensor
+    _soft_high: th.Tensor
 
     def __init__(
         self,
@@ -113,12 +113,10 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.SiLU,
-        ortho_init: bool = False,
-        lecun_init: bool = True,
+        ortho_init: bool = True,
         use_sde: bool = False,
-        squash_output: bool = True,
-        squash_type: str = "tanh",
-        action_scale: float = 1.0,
+        squash_type: str = "clip",
+        action_scale: float = 0.5,
         features_extractor_class: type[BaseFeaturesExtractor] = NormalizedFlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         share_features_extractor: bool = True,
@@ -127,32 +125,26 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_flow_steps: int = 10,
         prediction_type: str = "velocity",
-        timestep_embedding_dim: int = 8,
-        output_scale: float = 0.25,
-        skip_connection: bool = False,
+        output_scale: float = 4.0,
+        skip_connection: bool = True,
         sampler: str = "euler",
         sampler_sigma: float = 0.05,
-        action_perturbation_std: float = 0.0,
+        action_perturbation_std: float = 0.1,
         ema_decay: float | None = None,
         normalize_values: bool = True,
     ):
-        squash_output = to_bool("squash_output", squash_output)
-        _check_action_space(action_space, squash_output)
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("squash_type", squash_type, SQUASH_TYPES)
+        _check_action_space(action_space, squash_type)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_sampler(sampler, n_flow_steps, sampler_sigma)
         action_scale = to_float("action_scale", action_scale, POSITIVE)
         action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std, NOT_NEGATIVE)
         if use_sde:
             raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
-        if action_scale != 1 and not squash_output:
-            raise ValueError("`action_scale` needs `squash_output=True`: actions that are clipped are in env units")
 
         # Needed by _build(), which the constructor of the parent calls
-        self.lecun_init = to_bool("lecun_init", lecun_init)
         self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
         self.prediction_type = prediction_type
-        self.timestep_embedding_dim = to_int("timestep_embedding_dim", timestep_embedding_dim)
         self.output_scale = to_float("output_scale", output_scale)
         self.skip_connection = to_bool("skip_connection", skip_connection)
         self.sampler = sampler
@@ -172,7 +164,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             action_space,
             lr_schedule,
             # The flow needs hidden layers to bring its inputs together, also behind a CNN
-            dict(pi=[64, 64], vf=[64, 64]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
+            dict(pi=[64, 64], vf=[256, 256]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
             activation_fn,
             to_bool("ortho_init", ortho_init),
             features_extractor_class=features_extractor_class,
@@ -182,9 +174,11 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
-        self._squash_output = squash_output
+        # For SB3: actions are to be rescaled
+        self._squash_output = True
         self.squash_type = squash_type
         self.action_scale = action_scale
+        self._register_bounds()
         self.ema: AveragedModel | None = None
         if ema_decay is not None:
             self.create_ema(ema_decay)
@@ -211,10 +205,9 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             get_action_dim(self.action_space),
             net_arch.get("pi", []) if isinstance(net_arch, dict) else net_arch,
             self.activation_fn,
-            self.timestep_embedding_dim,
-            self.output_scale,
-            self.skip_connection,
-            self.prediction_type,
+            output_scale=self.output_scale,
+            skip_connection=self.skip_connection,
+            prediction_type=self.prediction_type,
         )
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
         self.value_normalization = ValueNormalization() if self.normalize_values else None
@@ -223,7 +216,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             self.apply(lambda module: self.init_weights(module, gain=np.sqrt(2)))
             self.init_weights(self.action_net.layers[-1] if len(self.action_net.layers) else self.action_net.input_layer, 0.01)
             self.init_weights(self.value_net, gain=1)
-        elif self.lecun_init:
+        else:
             for module in (self.action_net, self.mlp_extractor, self.value_net):
                 module.apply(lecun_uniform_init)
 
@@ -232,18 +225,15 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        for name in ("log_std_init", "full_std", "use_expln"):
+        for name in ("log_std_init", "full_std", "use_expln", "squash_output"):
             del data[name]
         data.update(
             dict(
-                lecun_init=self.lecun_init,
-                squash_output=self.squash_output,
                 squash_type=self.squash_type,
                 action_scale=self.action_scale,
                 share_features_extractor=self.share_features_extractor,
                 n_flow_steps=self.n_flow_steps,
                 prediction_type=self.prediction_type,
-                timestep_embedding_dim=self.timestep_embedding_dim,
                 output_scale=self.output_scale,
                 skip_connection=self.skip_connection,
                 sampler=self.sampler,
@@ -262,7 +252,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         Sample in another way from now on, also after training: the flow stays the same. It is saved with the model.
 
         If the training goes on, its rollouts are sampled this way too, and the CFM losses are taken at the times of this
-        number of steps, but with ``timestep_distribution="uniform"`` ("importance" needs at least two).
+        number of steps (but for "uniform" ones, see :class:`~sb3_flow.common.flow.CFMLoss`).
 
         :param sampler: "euler", "sde", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the others.
         :param n_flow_steps: Number of steps
@@ -589,6 +579,16 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         outputs = self.action_net(latent_pi, x_t.unsqueeze(1).flatten(1, -2), timesteps.unsqueeze(1).flatten(1))
         return outputs.view(x_t.shape)
 
+    def _register_bounds(self) -> None:
+        assert isinstance(self.action_space, spaces.Box)
+        bounded, middle = is_bounded(self.action_space), middle_and_half_range(self.action_space)[0]
+        soft_bound = SOFT_BOUNDS[self.squash_type]
+        # The others are in env units, and the soft bounds as far from the bounds that there are
+        low = np.where(bounded, -soft_bound, self.action_space.low - middle - (soft_bound - 1))
+        high = np.where(bounded, soft_bound, self.action_space.high - middle + (soft_bound - 1))
+        for name, value in (("_bounded", bounded), ("_soft_low", low), ("_soft_high", high)):
+            self.register_buffer(name, th.as_tensor(value.flatten(), dtype=th.get_default_dtype()), persistent=False)
+
     def bounds_loss(self, actions: th.Tensor) -> th.Tensor:
         """
         Squared distance of raw actions from the soft bounds, zero inside. Beyond them the actions that the environment
@@ -597,30 +597,21 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :param actions: Raw actions, (..., action_dim)
         :return: Sum over the dimensions, in units of half the distance of the bounds of the action space, (...,)
         """
-        if self.squash_output:
-            actions, soft_bound = self.action_scale * actions, SOFT_BOUNDS[self.squash_type]
-        else:
-            assert isinstance(self.action_space, spaces.Box)
-            middle, half_range = (th.as_tensor(x).to(actions).flatten() for x in middle_and_half_range(self.action_space))
-            # There is nothing to choose, and no loss, where the bounds are equal
-            half_range = th.where(half_range > 0, half_range, th.inf)
-            actions, soft_bound = (actions - middle) / half_range, SOFT_BOUNDS["clip"]
-        # (towards the middle by the soft bound, zero inside)
-        return nn.functional.softshrink(actions, soft_bound).square().sum(dim=-1)
+        actions = self.action_scale * actions
+        return (actions - actions.detach().clamp(self._soft_low, self._soft_high)).square().sum(dim=-1)
 
     def log_squashing(self, actions: th.Tensor) -> th.Tensor:
         """
         What the log-density of actions gains where a tanh squashes them, up to a constant:
         :math:`-\\sum_d \\log(1 - \\tanh^2(s\\, a_d))` with ``action_scale`` :math:`s` (Haarnoja et al., https://arxiv.org/abs/1801.01290,
-        eq. 21). With ``squash_type="clip"`` it stands in for the bounds; without squashing it is zero.
+        eq. 21). With ``squash_type="clip"`` it stands in for the bounds, where there are two.
 
         :param actions: Raw actions, (..., action_dim)
         :return: (...,)
         """
-        if not self.squash_output:
-            return actions.new_zeros(actions.shape[:-1])
         actions = self.action_scale * actions
-        return 2 * (actions.abs() + nn.functional.softplus(-2 * actions.abs()) - math.log(2)).sum(dim=-1)
+        gains = actions.abs() + nn.functional.softplus(-2 * actions.abs()) - math.log(2)
+        return 2 * (gains * self._bounded).sum(dim=-1)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
@@ -631,13 +622,11 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """
         Raw action of an action of the environment: the inverse of ``unscale_action``
-        (an action on the bounds is taken to be slightly inside).
+        (an action on the bounds is taken to be slightly inside for a tanh).
 
         :param action: Action, in env units
         :return: Raw action, zero where the bounds are equal
         """
-        if not self.squash_output:
-            return action
         action = super().scale_action(action)
         if self.squash_type == "tanh":
             action = np.arctanh(np.clip(action, -1 + 1e-6, 1 - 1e-6))
@@ -650,13 +639,15 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :param scaled_action: Raw action
         :return: Action, in env units
         """
-        if not self.squash_output:
-            return scaled_action
-        squash = np.tanh if self.squash_type == "tanh" else partial(np.clip, a_min=-1, a_max=1)
-        action = super().unscale_action(squash(self.action_scale * scaled_action))
-        # Rounding may put an action just outside
         assert isinstance(self.action_space, spaces.Box)
-        return np.clip(action, self.action_space.low, self.action_space.high)
+        action = self.action_scale * scaled_action
+        if self.squash_type == "tanh":
+            action = np.tanh(action)
+        else:
+            clipped = np.clip(action, -1, 1)
+            action = clipped if self.action_space.is_bounded() else np.where(is_bounded(self.action_space), clipped, action)
+        # To bounds by themselves, and where rounding has put an action just outside
+        return np.clip(super().unscale_action(action), self.action_space.low, self.action_space.high)
 
 
 def _passes_features(mlp_extractor: nn.Module) -> bool:
@@ -691,18 +682,17 @@ def _average(averages: list[th.Tensor], values: list[th.Tensor], n_averaged: int
     get_ema_multi_avg_fn(decay)(averages, values, n_averaged)
 
 
-def _check_action_space(action_space: spaces.Space, squash_output: bool) -> None:
+def _check_action_space(action_space: spaces.Space, squash_type: str) -> None:
     if not isinstance(action_space, spaces.Box):
         raise ValueError(f"`action_space` must be a Box: a flow policy is for continuous actions, not for {action_space}")
     if not np.issubdtype(action_space.dtype, np.floating):
         raise ValueError(f"`action_space` must have a floating point dtype, it is {action_space}")
-    if squash_output and not action_space.is_bounded():
+    if squash_type == "tanh" and not action_space.is_bounded():
         raise ValueError(
-            f"`squash_output=True` needs an action space with finite bounds, it is {action_space}: "
-            "use squash_output=False, or bound the actions"
+            f'`squash_type="tanh"` needs an action space with finite bounds, it is {action_space}: '
+            'use squash_type="clip", or bound the actions'
         )
-    if squash_output:
-        warn_if_too_wide(action_space)
+    warn_if_too_wide(action_space)
 
 
 class FlowCnnPolicy(FlowPolicy):

@@ -6,8 +6,10 @@ import json
 import numbers
 import types
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pprint import pprint
 from typing import Any
 
 import gymnasium as gym
@@ -24,6 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_flow.common.save_load import check_model_file
+from sb3_flow.fpo.presets import PRESETS as FPO_PRESETS
 from sb3_flow.zoo import default_conf_file
 from sb3_flow.zoo.arguments import new_folder
 from sb3_flow.zoo.defaults import FLATTEN
@@ -53,6 +56,8 @@ NOT_HYPERPARAMS = {
     "tensorboard_log": "--tensorboard-log",
     "_init_setup_model": "nothing",
 }
+#: Hyperparameters that have a name, by algorithm
+PRESETS = {"fpo": FPO_PRESETS}
 #: Hyperparameters that it evaluates, if they are texts
 EVALUATED = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
 #: Those that may be "lin_VALUE"
@@ -170,6 +175,32 @@ def evaluate(where: str, key: str, value: Any) -> Any:
         return eval(value, dict(vars(rl_zoo3.exp_manager)))
     except Exception as error:
         raise InputError(f"{where}: found {key}:{value!r}, expected an expression of Python: {one_line(error)}") from error
+
+
+def expand_preset(algo: str, hyperparams: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
+    """
+    Put hyperparameters that have a name, ``preset``, in its place. Those beside it win, also within ``policy_kwargs``.
+
+    :param algo: Name of the algorithm
+    :param hyperparams: Hyperparameters, as rl-zoo3 reads them
+    :param where: Where a hyperparameter is from, for the error message
+    :return: hyperparameters without ``preset``
+    :raises InputError: if the algorithm has no such preset
+    """
+    given = dict(hyperparams)
+    if "preset" not in given:
+        return given
+    name, presets = given.pop("preset"), PRESETS.get(algo)
+    found = f"{where('preset')}: found preset:{name!r}"
+    if presets is None:
+        raise InputError(f"{found}, but {algo} has no presets, only {' and '.join(PRESETS)} has")
+    if name not in list(presets):
+        raise InputError(f"{found}, expected one of {', '.join(map(repr, presets))}")
+    expanded = {**presets[name], **given}
+    policy_kwargs = evaluate(where("policy_kwargs"), "policy_kwargs", given.get("policy_kwargs", {}))
+    if isinstance(policy_kwargs, dict):
+        expanded["policy_kwargs"] = {**presets[name]["policy_kwargs"], **policy_kwargs}
+    return expanded
 
 
 def _check_classes(where: str, key: str, value: Any) -> None:
@@ -422,8 +453,20 @@ class CheckedExperimentManager(ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         check_conf_file(self.config, self.env_name.gym_id, self._is_atari)
+        # A preset of the command line is above all that is in the file, its preset included
+        is_from_user = "preset" in (self.custom_hyperparams or {})
+        if self.custom_hyperparams is not None:
+            self.custom_hyperparams = expand_preset(self.algo, self.custom_hyperparams, self._where)
         with user_input(f"argument -conf/--conf-file: {self.config}"):
             hyperparams, saved_hyperparams = super().read_hyperparameters()
+        if "preset" in hyperparams:
+            if is_from_user:
+                del hyperparams["preset"]
+            hyperparams = expand_preset(self.algo, hyperparams, self._where)
+            # The run is that of its values, whatever becomes of the preset
+            saved_hyperparams = OrderedDict(sorted(hyperparams.items()))
+            print("With those of the preset in its place:")
+            pprint(saved_hyperparams)
         check_hyperparams(self.algo, hyperparams, self._where)
         return hyperparams, saved_hyperparams
 

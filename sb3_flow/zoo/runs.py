@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_flow import distributed
 from sb3_flow.zoo.errors import InputError, one_line
-from sb3_flow.zoo.hyperparams import EVALUATED
+from sb3_flow.zoo.hyperparams import EVALUATED, expand_preset
 
 #: Options that may be given anew with ``--resume``, with the reason why they do not change what is learned
 FREE_OPTIONS = {
@@ -186,14 +186,13 @@ class Run:
                 found.append(f"--{name.replace('_', '-')}: the run has {value!r}, given {getattr(args, name)!r}")
         if args.n_timesteps >= 0 and args.n_timesteps < self.n_timesteps:
             found.append(f"-n/--n-timesteps: the run has {self.n_timesteps}, given {args.n_timesteps}, which is not more")
-        hyperparams = dict(args.hyperparams or {})
+        hyperparams = given = expand_preset(self.algo, args.hyperparams or {}, lambda _: "argument -params/--hyperparams")
         if args.conf_file:
             try:
-                block = self._read_conf_file(args.conf_file)
+                hyperparams = self._read_conf_file(args.conf_file, given)
             except Exception as error:
                 # It can be a program
                 return [*found, f"-conf/--conf-file: {one_line(error)}"]
-            hyperparams = block | (self.args["hyperparams"] or {}) | hyperparams
             # What it says of the number of timesteps is a default of -n
             hyperparams["n_timesteps"] = self.config["n_timesteps"]
             for name in sorted(self.config.keys() - hyperparams.keys()):
@@ -202,7 +201,7 @@ class Run:
             own = self._hyperparameter(name)
             same_name = name == "dataset" and isinstance(value, str) and isinstance(own, str)
             if not (_same(_plain(name, value), _plain(name, own)) or (same_name and Path(value).name == Path(own).name)):
-                option = "-params/--hyperparams" if name in (args.hyperparams or {}) else "-conf/--conf-file"
+                option = "-params/--hyperparams" if name in given else "-conf/--conf-file"
                 found.append(f"{option}: the run has {name}:{own!r}, given {name}:{value!r}")
         return found
 
@@ -243,14 +242,15 @@ class Run:
         default = parameter.default if parameter is not None else None
         return ZOO_DEFAULTS.get(name, default)
 
-    def _read_conf_file(self, conf_file: str) -> dict[str, Any]:
-        """As for a new run, with those of a trial on top."""
+    def _read_conf_file(self, conf_file: str, given: dict[str, Any]) -> dict[str, Any]:
+        """As for a new run, with those of a trial, of the command line of the run and of that of now on top."""
         options: dict[str, Any] = {name: self.args.get(name) for name in ("storage", "study_name", "trial_id", "env_kwargs")}
         # Which imports this module
         from sb3_flow.zoo.experiment import FlowExperimentManager
 
+        own = expand_preset(self.algo, self.args["hyperparams"] or {}, lambda _: str(self.folder))
         reader = FlowExperimentManager(
-            argparse.Namespace(), self.algo, self.env, str(self.folder), config=conf_file, **options
+            argparse.Namespace(), self.algo, self.env, str(self.folder), config=conf_file, hyperparams=own | given, **options
         )
         with contextlib.redirect_stdout(None):
             hyperparams = dict(reader.read_hyperparameters()[0])

@@ -40,29 +40,15 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
-        # The range of PPO is for "elbo", the sum and baseline actions, that of the paper for its own choices. Its bound is
-        # that of the smallest log_ratio_clip, which has to be more than -log(1 - clip_range)
-        "clip_range": trial.suggest_float("clip_range", 0.01, 0.35, log=True),
+        # log_ratio_clip has to be more than -log(1 - clip_range)
+        "clip_range": trial.suggest_float("clip_range", 0.05, 0.35, log=True),
         "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),
         "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
         "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
-        "n_baseline_actions": trial.suggest_categorical("n_baseline_actions", [0, 2]),
-        "mc_sampling": trial.suggest_categorical("mc_sampling", ["independent", "stratified"]),
-        "timestep_distribution": trial.suggest_categorical("timestep_distribution", ["grid", "importance"]),
-        "loss_reduction": trial.suggest_categorical("loss_reduction", ["mean", "sum"]),
         "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
-        "trust_region": trial.suggest_categorical("trust_region", ["ppo", "spo", "aspo"]),
-        "log_ratio_clip": trial.suggest_categorical("log_ratio_clip", [0.5, 3.0]),
-        "supervision": trial.suggest_categorical("supervision", ["noise", "velocity", "elbo"]),
-        "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
-        "output_scale": trial.suggest_categorical("output_scale", [0.25, 1.0, 4.0]),
         "action_scale": trial.suggest_float("action_scale", 0.1, 1, log=True),
-        "action_perturbation_std": trial.suggest_categorical("action_perturbation_std", [0.0, 0.05, 0.1]),
-        "squash_type": trial.suggest_categorical("squash_type", ["tanh", "clip"]),
-        "skip_connection": trial.suggest_categorical("skip_connection", [False, True]),
+        "action_perturbation_std": trial.suggest_categorical("action_perturbation_std", [0.0, 0.1, 0.2]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fpo"])),
-        "ortho_init": trial.suggest_categorical("ortho_init", [False, True]),
-        "bounds_loss_coef": trial.suggest_categorical("bounds_loss_coef", [0.0, 0.3]),
     }
     hyperparams = convert_fpo_params(params)
     for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
@@ -81,11 +67,7 @@ def convert_fpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         hyperparams[name] = 1 - hyperparams.pop(f"one_minus_{name}")
     for name in ("n_steps", "batch_size"):
         hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
-    policy_arguments = (
-        "n_flow_steps", "output_scale", "action_scale", "action_perturbation_std", "squash_type", "skip_connection",
-        "ortho_init",
-    )  # fmt: skip
-    policy_kwargs = {name: hyperparams.pop(name) for name in policy_arguments}
+    policy_kwargs = {name: hyperparams.pop(name) for name in ("action_scale", "action_perturbation_std")}
     policy_kwargs["net_arch"] = NET_ARCHS["fpo"][hyperparams.pop("net_arch")]
     return {"policy_kwargs": policy_kwargs, **hyperparams}
 

@@ -1,0 +1,97 @@
+"""
+The settings of the papers, for ``FPO("MlpPolicy", env, **presets.PAPER)``, or ``preset: paper`` in a YAML file.
+
+They are those of the authors' code, but for what depends on the environment: how many transitions a rollout and a minibatch
+have, and the discount of some tasks.
+"""
+
+from typing import Any
+
+import torch as th
+from torch import nn
+
+#: FPO (https://arxiv.org/abs/2507.21053), the authors' code for MuJoCo Playground. There a rollout has 32 minibatches of
+#: 30,720 transitions, rewards are multiplied by 10, and ``gamma`` is 0.95 for ball-in-cup and finger-spin. It has no bound on
+#: the log-ratio of an averaged ratio.
+PAPER: dict[str, Any] = dict(
+    learning_rate=3e-4,
+    n_epochs=16,
+    gamma=0.995,
+    gae_lambda=0.95,
+    clip_range=0.05,
+    normalize_advantage=True,
+    ent_coef=0.0,
+    vf_coef=0.25,
+    max_grad_norm=None,
+    bounds_loss_coef=0.0,
+    cfm_loss="fpo",
+    n_mc_samples=8,
+    n_baseline_actions=0,
+    ratio_type="averaged",
+    trust_region="ppo",
+    cfm_loss_clip=None,
+    log_ratio_clip=None,
+    ema_decay=None,
+    target_kl=None,
+    policy_kwargs=dict(
+        net_arch=dict(pi=[32] * 4, vf=[256] * 5),
+        activation_fn=nn.SiLU,
+        ortho_init=False,
+        squash_type="tanh",
+        action_scale=1.0,
+        optimizer_class=th.optim.Adam,
+        optimizer_kwargs=dict(eps=1e-8),
+        n_flow_steps=10,
+        prediction_type="velocity",
+        output_scale=0.25,
+        skip_connection=False,
+        sampler="euler",
+        action_perturbation_std=0.0,
+        normalize_values=False,
+    ),
+)
+
+#: FPO++ (https://arxiv.org/abs/2602.02481), for locomotion. There a rollout has 4 minibatches. Not here: a learning rate that
+#: adapts to the pseudo-KL divergence, as they have for motion tracking. Their bound on the log-ratio is one from above only:
+#: below ours the ratio, and with it the gradient, is next to nothing (exp(-10)).
+FPO_PLUS_PLUS: dict[str, Any] = dict(
+    learning_rate=1e-4,
+    n_epochs=16,
+    gamma=0.99,
+    gae_lambda=0.95,
+    clip_range=0.05,
+    normalize_advantage="rollout",
+    ent_coef=0.0,
+    vf_coef=1.0,
+    max_grad_norm=1.0,
+    bounds_loss_coef=0.0,
+    cfm_loss="fpo++",
+    n_mc_samples=16,
+    n_baseline_actions=0,
+    ratio_type="per_sample",
+    trust_region="aspo",
+    cfm_loss_clip=20.0,
+    log_ratio_clip=10.0,
+    ema_decay=0.95,
+    ema_start=500,
+    target_kl=None,
+    policy_kwargs=dict(
+        net_arch=dict(pi=[256] * 3, vf=[768] * 3),
+        activation_fn=nn.ELU,
+        ortho_init=False,
+        squash_type="clip",
+        action_scale=1.0,
+        optimizer_class=th.optim.AdamW,
+        optimizer_kwargs=dict(weight_decay=1e-4),
+        n_flow_steps=64,
+        prediction_type="velocity",
+        output_scale=1.0,
+        skip_connection=False,
+        sampler="euler",
+        action_perturbation_std=0.02,
+        normalize_values=False,
+    ),
+)
+
+#: By the names that YAML files and the command line have for them
+PRESETS = {"paper": PAPER, "fpo++": FPO_PLUS_PLUS}
