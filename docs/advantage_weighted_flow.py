@@ -3,7 +3,7 @@ The picture of docs/guide/modes.rst, a flow in one dimension that bends towards 
 `python docs/advantage_weighted_flow.py`
 
 In each iteration actions are sampled from the flow, and the flow is fitted to them again, with CFM losses that are weighted by
-their advantage (if it is positive). What is drawn is the density of the samples from noise (t = 1) to action (t = 0).
+the exponential of their advantage. What is drawn is the density of the samples from noise (t = 1) to action (t = 0).
 """
 
 from pathlib import Path
@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-from sb3_flow.common.flow import cfm_loss, draw_pairs, interpolate
+from sb3_flow.common.flow import CFMLoss, cfm_loss, draw_pairs, interpolate
 from sb3_flow.common.networks import FlowNetwork
 from sb3_flow.common.samplers import SAMPLERS
 from sb3_flow.plotting import BLUE, ORANGE, new_figure
 
 OUTPUT = Path(__file__).parent / "_static" / "advantage_weighted_flow.png"
 PEAKS, WIDTH = (-1.2, 1.2), 0.25
-N_ITERATIONS, SHOWN = 24, (0, 4, 8, 16, 24)
-N_ACTIONS, N_GRADIENT_STEPS, N_PAIRS, N_TIMES = 4096, 60, 4, 40
+N_ITERATIONS, SHOWN = 8, (0, 1, 2, 4, 8)
+N_ACTIONS, N_GRADIENT_STEPS, N_PAIRS, N_TIMES = 8192, 150, 4, 40
+LEARNING_RATE = 4e-3
 LIMITS = (-3.2, 3.2)
 
 
@@ -44,9 +45,10 @@ def paths_of(network: FlowNetwork, noise: th.Tensor, n_times: int = N_TIMES) -> 
 
 def fit(network: FlowNetwork, optimizer: th.optim.Optimizer, actions: th.Tensor, weights: th.Tensor) -> None:
     """Flow matching on weighted actions."""
-    for _ in range(N_GRADIENT_STEPS):
-        chosen = th.multinomial(weights, 512, replacement=True)
-        noise, times, _ = draw_pairs(len(chosen), 1, N_PAIRS, "stratified")
+    for step in range(N_GRADIENT_STEPS):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / N_GRADIENT_STEPS)
+        chosen = th.multinomial(weights, 1024, replacement=True)
+        noise, times, _ = draw_pairs((len(chosen), N_PAIRS, 1), CFMLoss("velocity", timestep_distribution="uniform"))
         x_t = interpolate(actions[chosen].unsqueeze(1), noise, times)
         output = network(noise.new_zeros((len(chosen), 1)), x_t, times)
         loss = cfm_loss(output, actions[chosen].unsqueeze(1), noise, times).mean()
@@ -72,9 +74,9 @@ def draw(axes, paths: np.ndarray, iteration: int) -> None:
 def main() -> None:
     th.manual_seed(0)
     network = FlowNetwork(1, 1, [64, 64])
-    optimizer = th.optim.Adam(network.parameters(), lr=2e-3)
+    optimizer = th.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     # A flow to start with: that of a standard normal distribution
-    for _ in range(20):
+    for _ in range(4):
         fit(network, optimizer, th.randn(N_ACTIONS, 1), th.ones(N_ACTIONS))
     noise = th.randn(3000, 1)
     frames = [paths_of(network, noise)]
@@ -82,7 +84,7 @@ def main() -> None:
         actions = paths_of(network, th.randn(N_ACTIONS, 1))[-1].unsqueeze(-1)
         rewards = reward(actions).squeeze(-1)
         advantages = (rewards - rewards.mean()) / rewards.std()
-        fit(network, optimizer, actions, th.nn.functional.softplus(advantages))
+        fit(network, optimizer, actions, advantages.exp())
         frames.append(paths_of(network, noise))
 
     figure = new_figure(figsize=(2.4 * len(SHOWN), 2.9), dpi=100)

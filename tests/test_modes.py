@@ -1,0 +1,74 @@
+"""FPO keeps equally good actions, and what pulls their shares back together."""
+
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_flow import FPO
+from sb3_flow.common.flow import CFMLoss, cfm_loss, draw_pairs, interpolate
+from sb3_flow.envs.two_peaks import PEAK, TwoPeaksEnv, peaks
+
+OBSERVATION = np.zeros((4000, 1), dtype=np.float32)
+
+
+def test_two_peaks():
+    env = gym.make("sb3_flow/TwoPeaks-v0").unwrapped
+    check_env(env, warn=True)
+    gymnasium_check_env(env, skip_render_check=True)
+    env.reset(seed=0)
+    for action, reward in {0.6: 1.0, -0.6: 1.0, 0.7: np.exp(-0.5), -0.5: np.exp(-0.5), 0.0: np.exp(-18)}.items():
+        assert env.step(np.array([action]))[1:4] == (pytest.approx(reward, abs=1e-6), True, False)
+
+
+def shares_of_peaks(model):
+    """Shares of the samples at either peak."""
+    actions = model.predict(OBSERVATION, deterministic=False)[0][:, 0]
+    return [float((np.abs(actions - peak) < 0.2).mean()) for peak in (-PEAK, PEAK)]
+
+
+class NoReward(gym.RewardWrapper):
+    """All actions are as good."""
+
+    def reward(self, reward):
+        return 0.0
+
+
+def model_of_two_peaks(share: float) -> FPO:
+    """A policy that goes to the peak at 0.6 with this share of its samples, and to the other with the rest."""
+    model = FPO(
+        "MlpPolicy", make_vec_env(lambda: NoReward(TwoPeaksEnv()), 16), n_steps=64, gamma=0.0, learning_rate=1e-3,
+        normalize_advantage=False, policy_kwargs=dict(net_arch=[64, 64]), seed=0, device="cpu",
+    )  # fmt: skip
+    optimizer = th.optim.Adam(model.policy.action_net.parameters())
+    loss = CFMLoss("velocity", timestep_distribution="uniform")
+    for step in range(500):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 500)
+        peak = th.where(th.rand(256, 1, 1) < share, PEAK, -PEAK)
+        actions = (peak + 0.1 * th.randn(256, 1, 1)) / model.policy.action_scale
+        noise, times, _ = draw_pairs((256, 4, 1), loss)
+        output = model.policy.flow_output(th.zeros(256, 1), interpolate(actions, noise, times), times)
+        optimizer.zero_grad()
+        cfm_loss(output, actions, noise, times).mean().backward()
+        optimizer.step()
+    return model
+
+
+def test_entropy_pulls_shares_together():
+    """With nothing else to learn from, the smaller share grows with an entropy bonus, and without one stays what it is."""
+    model = model_of_two_peaks(0.8)
+    weights = deepcopy(model.policy.state_dict())
+    before, _ = shares_of_peaks(model)
+    assert 0.15 < before < 0.27
+    change = {}
+    for ent_coef in (0.0, 0.2):
+        model.policy.load_state_dict(weights)
+        model.ent_coef = ent_coef
+        model.learn(5 * 16 * 64)
+        change[ent_coef] = shares_of_peaks(model)[0] - before
+    assert abs(change[0.0]) < 0.03 and change[0.2] > 0.08
