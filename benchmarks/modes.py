@@ -1,10 +1,10 @@
 """
 Does a policy keep equally good actions? FPO, and SB3's PPO beside it: `python benchmarks/modes.py`
 
-Each run is one `sb3-flow train` in a process of its own with one thread, then episodes and action samples of the policy. It leaves
-a JSON file in benchmarks/results/modes; runs whose file is there with today's hyperparameters are not repeated, so that an
-interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). The tables are made of
-these files (`--table-only` does nothing else), `--figures` draws the policies of the first of the seeds.
+Each run is one `sb3-flow train` in a process of its own with one thread, then episodes and action samples of the policy. It
+leaves a JSON file in benchmarks/results/modes; runs whose file is there with today's hyperparameters are not repeated, so that
+an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). The table is made
+of these files (`--table-only` does nothing else), `--figures` draws the policies of the first of the seeds.
 
 Tasks:
   two-peaks                      shares of 10,000 samples of the action at either peak
@@ -14,8 +14,8 @@ Tasks:
 
 Algorithms:
   fpo   hyperparams/fpo.yml
-  ppo   SB3's PPO with the environments, rollouts, minibatches, steps and discount of fpo.yml, its own number of epochs (10), clip
-        range (0.2) and networks (2×64), and a learning rate that is linear from 1e-3
+  ppo   SB3's PPO with the environments, rollouts, minibatches, steps and discount of fpo.yml, its own number of epochs (10),
+        clip range (0.2) and networks (2×64), and a learning rate that is linear from 1e-3
 
 The seeds of the tuning were 1000 and more.
 """
@@ -89,7 +89,8 @@ def modes_of_gridworld(model: Any, layout: str) -> dict[str, Any]:
     from sb3_flow.envs.gridworld import FREE, GOAL, make_layout
     from sb3_flow.plotting.gridworld import multimodality, run_episodes, saddle_line
 
-    cells, modes = make_layout(layout), {}
+    cells = make_layout(layout)
+    modes: dict[str, Any] = {}
     for name, deterministic in (("deterministic", True), ("stochastic", False)):
         episodes = run_episodes(model, np.argwhere(cells == FREE)[:, ::-1], layout, deterministic)
         ends = np.array([positions[-1] for positions in episodes])

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_flow import FPO
 from sb3_flow.common.flow import CFMLoss, cfm_loss, draw_pairs, interpolate
-from sb3_flow.envs.two_peaks import PEAK, TwoPeaksEnv, peaks
+from sb3_flow.envs.two_peaks import PEAK, TwoPeaksEnv
 
 OBSERVATION = np.zeros((4000, 1), dtype=np.float32)
 

@@ -38,11 +38,11 @@ class MultiGoalEnv(gym.Env):
     A point in the plane, surrounded by goals, all as good and as far.
 
     - **Observation**: position (x, y), in [-7, 7]²
-    - **Action**: move along x and y, in [-1, 1]². A move longer than 1 is shortened to 1, so that no direction is faster than
-      another.
+    - **Action**: move along x and y, in [-1, 1]². A move longer than 1 is shortened to 1, so that no direction is faster
+      than another.
     - **Reward**: :math:`-(d / 5)^2 - 0.1\\,\\lVert m \\rVert^2` after a move :math:`m`, with the distance :math:`d` to the
-      nearest goal, and 10 more at a distance of less than 1, which ends the episode. ``info["goal"]`` is the number of the goal
-      that is reached, or -1, and ``info["is_success"]`` whether there is one.
+      nearest goal, and 10 more at a distance of less than 1, which ends the episode. ``info["goal"]`` is the number of
+      the goal that is reached, or -1, and ``info["is_success"]`` whether there is one.
     - **Start**: in the middle, with a standard deviation of 0.1, or ``reset(options={"position": (x, y)})``
     - The episode is truncated after 30 steps.
 
@@ -84,7 +84,7 @@ class MultiGoalEnv(gym.Env):
         info = dict(goal=nearest if reached else -1, is_success=reached)
         return self.position.astype(np.float32), float(reward), reached, False, info
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override] (gymnasium's is generic)
+    def render(self) -> np.ndarray | None:  # type: ignore[override]  # gymnasium's is generic
         if self.render_mode is None:
             return None
         coordinates = (np.arange(2 * HALF_SIZE * PIXELS_PER_UNIT) + 0.5) / PIXELS_PER_UNIT - HALF_SIZE

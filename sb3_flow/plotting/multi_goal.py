@@ -57,9 +57,9 @@ def goal_statistics(episodes: list[Episode], n_goals: int = 4) -> dict[str, Any]
 
     :param episodes: Episodes
     :param n_goals: Number of goals
-    :return: share of the episodes that reach each goal (``shares``), number of goals that have at least half of an equal share
-        (``n_goals_kept``), ``entropy`` of the goals that are reached, in bits, ``mean_return`` of all episodes, and that of the
-        goal where it is best (``best_goal_return``, None if no goal is reached)
+    :return: share of the episodes that reach each goal (``shares``), number of goals that have at least half of an equal
+        share (``n_goals_kept``), ``entropy`` of the goals that are reached, in bits, ``mean_return`` of all episodes, and
+        that of the goal where it is best (``best_goal_return``, None if no goal is reached)
     """
     goals = np.array([episode.goal for episode in episodes])
     returns = np.array([episode.episode_return for episode in episodes])
@@ -87,6 +87,7 @@ def plot_multi_goal(models: Mapping[str, BaseAlgorithm], path: str | Path, n_goa
     """
     figure = new_figure(figsize=(3.4 * len(models), 3.6))
     from matplotlib import colormaps
+    from matplotlib.patches import Circle
 
     colors = [*colormaps["twilight"](np.arange(n_goals) / n_goals + 0.06), GREY]
     for axes, (name, model) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
@@ -95,8 +96,6 @@ def plot_multi_goal(models: Mapping[str, BaseAlgorithm], path: str | Path, n_goa
             axes.plot(*episode.positions.T, color=colors[episode.goal], linewidth=0.8, alpha=0.7)
         statistics = goal_statistics(episodes, n_goals)
         for goal, share, color in zip(make_goals(n_goals), statistics["shares"], colors, strict=False):
-            from matplotlib.patches import Circle
-
             axes.add_patch(Circle(tuple(goal), RADIUS, color=color, alpha=0.25))
             axes.annotate(f"{100 * share:.0f} %", goal, ha="center", va="center", fontsize="small")
         limits = (-HALF_SIZE, HALF_SIZE)
