@@ -2,9 +2,9 @@
 Does a policy keep equally good actions? FPO, and SB3's PPO beside it: `python benchmarks/modes.py`
 
 Each run is one `sb3-flow train` in a process of its own with one thread, then episodes and action samples of the policy. It
-leaves a JSON file in benchmarks/results/modes; runs whose file is there with today's hyperparameters are not repeated, so that
-an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). The table is made
-of these files (`--table-only` does nothing else), `--figures` draws the policies of the first of the seeds.
+leaves a JSON file in benchmarks/results/modes; runs whose file is there with today's hyperparameters are not repeated, so
+that an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). The
+table is made of these files (`--table-only` does nothing else), `--figures` draws the policies of the first of the seeds.
 
 Tasks:
   two-peaks                      shares of 10,000 samples of the action at either peak
