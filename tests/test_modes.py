@@ -43,8 +43,8 @@ class NoReward(gym.RewardWrapper):
 def model_of_two_peaks(share: float) -> FPO:
     """A policy that goes to the peak at 0.6 with this share of its samples, and to the other with the rest."""
     model = FPO(
-        "MlpPolicy", make_vec_env(lambda: NoReward(TwoPeaksEnv()), 16), n_steps=64, batch_size=128, gamma=0.0, learning_rate=1e-3,
-        normalize_advantage=False, policy_kwargs=dict(net_arch=[64, 64]), seed=0, device="cpu",
+        "MlpPolicy", make_vec_env(lambda: NoReward(TwoPeaksEnv()), 16), n_steps=64, batch_size=128, gamma=0.0,
+        learning_rate=1e-3, normalize_advantage=False, policy_kwargs=dict(net_arch=[64, 64]), seed=0, device="cpu",
     )  # fmt: skip
     optimizer = th.optim.Adam(model.policy.action_net.parameters())
     loss = CFMLoss("velocity", timestep_distribution="uniform")
