@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from runs import ROOT, provenance, write_result, write_table
+from runs import fpo_hyperparameters, provenance, write_result, write_table
 
 RESULTS = Path(__file__).parent / "results" / "distributed.json"
 TASK = "dm_control/cheetah-run-v0"
@@ -64,19 +63,18 @@ def make_fpo(n_processes: int):
     from gymnasium.wrappers import FlattenObservation
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.utils import LinearSchedule
-    from stable_baselines3.common.vec_env import VecNormalize
 
     import sb3_flow.zoo
     from sb3_flow import FPO
 
     sb3_flow.zoo.register_envs(TASK)
-    hyperparameters = yaml.safe_load((ROOT / "hyperparams" / "fpo.yml").read_text())[TASK]
-    for name in ("normalize", "n_timesteps", "policy", "env_wrapper"):
+    hyperparameters = fpo_hyperparameters(TASK)
+    for name in ("n_timesteps", "env_wrapper"):
         del hyperparameters[name]
-    hyperparameters["policy_kwargs"] = eval(hyperparameters["policy_kwargs"])
+    hyperparameters.update(device="cpu", seed=0)
     hyperparameters["learning_rate"] = LinearSchedule(float(hyperparameters["learning_rate"].removeprefix("lin_")), 0.0, 1.0)
     env = make_vec_env(TASK, hyperparameters.pop("n_envs") // n_processes, wrapper_class=FlattenObservation)
-    return FPO("MlpPolicy", VecNormalize(env, gamma=hyperparameters["gamma"]), device="cpu", seed=0, **hyperparameters)
+    return FPO(env=env, **hyperparameters)
 
 
 def make_fql(width: int, depth: int):

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from runs import ROOT, Job, run_jobs, train_and_evaluate, write_result
+from runs import ROOT, Job, fpo_hyperparameters, run_jobs, train_and_evaluate, with_defaults, write_result
+
+from sb3_flow.common.flow import CFMLoss, to_cfm_loss
 
 RESULTS = ROOT / "benchmarks" / "results" / "dmc"
 DMC = [
@@ -53,19 +55,27 @@ def is_current(result: dict[str, Any]) -> bool:
     return result["hyperparameters"] == hyperparameters(result["algo"], result["env"])
 
 
+def in_new_names(former: dict[str, Any]) -> dict[str, Any]:
+    """Hyperparameters of FPO up to commit e790d1f, which had four arguments in place of ``cfm_loss``, and other defaults."""
+    former = former.copy()
+    names = ("supervision", "loss_reduction", "timestep_distribution", "mc_sampling")
+    return {"vf_coef": 0.25, "cfm_loss": CFMLoss(*(former.pop(name) for name in names)), **former}
+
+
 def is_of_former_code(result: dict[str, Any]) -> bool:
     """
-    Whether a result is one of the hyperparameters that had the effect of those of now. Up to commit baea80a ``ent_coef`` acted
-    at about twice its value, and a new policy had 0.88 times the standard deviation that ``action_scale`` says.
+    Whether a result is one of the hyperparameters that had the effect of those of now. Up to commit e790d1f observations and
+    rewards were normalized by ``VecNormalize``, now they are within the policy. Up to commit baea80a ``ent_coef`` acted at
+    about twice its value, and a new policy had 0.88 times the standard deviation that ``action_scale`` says.
     """
-    if result["algo"] != "fpo":
+    if result["algo"] != "fpo" or "supervision" not in result["hyperparameters"]:
         return False
-    block = hyperparameters("fpo", result["env"])
-    policy_kwargs = block["policy_kwargs"].replace("action_scale=0.26", "action_scale=0.3")
-    former = dict(
-        ent_coef=block["ent_coef"] / 2, policy_kwargs=policy_kwargs.replace("action_scale=0.76", "action_scale=0.86")
-    )
-    return result["hyperparameters"] == {**block, **former}
+    former = with_defaults(in_new_names(result["hyperparameters"]))
+    now = fpo_hyperparameters(result["env"])
+    now.update(normalize=True, cfm_loss=to_cfm_loss(now["cfm_loss"]))
+    action_scale = {0.26: 0.3, 0.76: 0.86}.get(now["policy_kwargs"]["action_scale"])
+    before = {**now, "ent_coef": now["ent_coef"] / 2, "policy_kwargs": {**now["policy_kwargs"], "action_scale": action_scale}}
+    return former in (now, before)
 
 
 def is_done(algo: str, env_id: str, seed: int, steps: int) -> bool:

@@ -127,11 +127,13 @@ def make_on_policy(name: str, device: str, n_envs: int, **kwargs: Any) -> Any:
     import torch as th
     from stable_baselines3 import PPO
 
-    from sb3_flow import FPO
+    from sb3_flow import FPO, presets
 
+    # Of FPO the settings of the paper, whose networks both have
+    cls, settings = (PPO, {}) if name == "PPO" else (FPO, presets.PAPER)
     policy_kwargs = dict(net_arch=dict(pi=[32] * 4, vf=[256] * 5), activation_fn=th.nn.SiLU)
-    cls = PPO if name == "PPO" else FPO
-    return cls("MlpPolicy", make_env(17, 6, n_envs), policy_kwargs=policy_kwargs, device=device, seed=0, **kwargs)
+    settings = {**settings, "policy_kwargs": {**settings.get("policy_kwargs", {}), **policy_kwargs}}
+    return cls("MlpPolicy", make_env(17, 6, n_envs), device=device, seed=0, **settings | kwargs)
 
 
 def weights(model: Any) -> np.ndarray:

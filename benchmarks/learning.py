@@ -9,19 +9,18 @@ Settings:
   fpo         hyperparams/fpo.yml
   fpo-wide    the same, with action_scale=1: exploration as wide as that of a standard normal
   ppo         PPO at the geometry of fpo.yml: the same environments, rollouts, minibatches, epochs, discounts, learning rate,
-              entropy coefficient, normalization and networks (2×64 where it names none); clip range 0.2
+              entropy coefficient and networks, with VecNormalize; clip range 0.2
   ppo-narrow  PPO again, with exploration about as narrow as FPO's: log_std_init=-1.2, a standard deviation of 0.3
   ppo-zoo     PPO with the tuned hyperparameters of rl-zoo3 (those of the v4 task where it has none for v5)
 """
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import yaml
-from runs import N_EVAL_EPISODES, ROOT, Job, run_jobs, train_and_evaluate, write_result
+from runs import N_EVAL_EPISODES, ROOT, Job, fpo_hyperparameters, run_jobs, train_and_evaluate, write_result
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SETTINGS = ("fpo", "fpo-wide", "ppo", "ppo-narrow", "ppo-zoo")
@@ -38,18 +37,17 @@ def hyperparameters(setting: str, env_id: str) -> dict:
     if setting == "fpo":
         return block
     if setting == "fpo-wide":
-        return {**block, "policy_kwargs": re.sub(r", action_scale=[\d.]+", "", block.get("policy_kwargs", "dict()"))}
+        return {**block, "policy_kwargs": f"{{**{block.get('policy_kwargs', '{}')}, 'action_scale': 1.0}}"}
     if setting in ("ppo", "ppo-narrow"):
-        geometry = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda",
-                    "learning_rate", "ent_coef", "normalize", "env_wrapper")  # fmt: skip
-        ppo = {key: block[key] for key in geometry if key in block}
-        policy_kwargs = "activation_fn=nn.SiLU"
-        if setting == "ppo-narrow":
-            policy_kwargs += ", log_std_init=-1.2"
-        if net_arch := re.search(r"net_arch=dict\(.*?\)", block.get("policy_kwargs", "")):
-            policy_kwargs += f", {net_arch[0]}"
-        # What FPO leaves at a default that is not PPO's
-        return {"batch_size": 256, **ppo, "policy_kwargs": f"dict({policy_kwargs})"}
+        geometry = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "n_epochs", "gamma", "learning_rate",
+                    "ent_coef", "env_wrapper")  # fmt: skip
+        fpo = fpo_hyperparameters(env_id)
+        ppo = {key: fpo[key] for key in (*geometry, *(["gae_lambda"] if "gae_lambda" in block else [])) if key in fpo}
+        net_arch = fpo["policy_kwargs"]["net_arch"]
+        pi, vf = (net_arch[part] if isinstance(net_arch, dict) else net_arch for part in ("pi", "vf"))
+        std = ", log_std_init=-1.2" if setting == "ppo-narrow" else ""
+        policy_kwargs = f"dict(activation_fn=nn.SiLU{std}, net_arch=dict(pi={pi}, vf={vf}))"
+        return {**ppo, "normalize": True, "policy_kwargs": policy_kwargs}
     zoo_blocks = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
     return zoo_blocks.get(env_id) or zoo_blocks[env_id.replace("-v5", "-v4")]
 

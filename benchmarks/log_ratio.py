@@ -12,7 +12,7 @@ import itertools
 import torch as th
 from runs import ROOT
 
-from sb3_flow.common.flow import MC_SAMPLINGS, cfm_loss, draw_pairs, interpolate
+from sb3_flow.common.flow import SAMPLINGS, CFMLoss, draw_pairs, flow_target, interpolate, squared_error
 from sb3_flow.common.surrogates import relative_loss
 
 RESULTS = ROOT / "benchmarks" / "results" / "log_ratio.csv"
@@ -36,14 +36,13 @@ def correlation(sampling: str, distribution: str, std: float, change: tuple[floa
     z, baseline = th.randn(2, N_ACTIONS)
     second = -baseline if sampling == "stratified" else th.randn(N_ACTIONS)
     actions = std * th.stack([z, baseline, second], dim=1).view(N_ACTIONS, 3, 1, 1)
-    noise, t, weights = (
-        x.unsqueeze(1)
-        for x in draw_pairs(N_ACTIONS, 1, N_MC_SAMPLES, sampling, distribution, N_FLOW_STEPS, supervision="elbo")
-    )
-    x_t = interpolate(actions, noise, t)
+    loss = CFMLoss("elbo", "sum", distribution, sampling)
+    pairs = draw_pairs((N_ACTIONS, N_MC_SAMPLES, 1), loss, n_flow_steps=N_FLOW_STEPS)
+    noise, t, weights = (x.unsqueeze(1) for x in pairs)
+    x_t, target = interpolate(actions, noise, t), flow_target("velocity", actions, noise)
     new_mean, new_std = change[0] * std, (1 + change[1]) * std
     old, new = (
-        weights * cfm_loss(gaussian_velocity(x_t, t, *parameters), actions, noise, t, supervision="elbo", reduction="sum")
+        weights * squared_error(gaussian_velocity(x_t, t, *parameters), target)
         for parameters in ((0.0, std), (new_mean, new_std))
     )
     log_ratio = relative_loss(old - new).mean(dim=1)
@@ -57,7 +56,7 @@ def main() -> None:
     changes = {"mean": (CHANGE, 0.0), "spread": (0.0, CHANGE)}
     header = ["pairs", "timesteps", *(f"{name}, σ = {std:g}" for name in changes for std in stds)]
     rows = []
-    for sampling, distribution in itertools.product(MC_SAMPLINGS, ("grid", "importance")):
+    for sampling, distribution in itertools.product(SAMPLINGS, ("grid", "importance")):
         values = [correlation(sampling, distribution, std, change) for change in changes.values() for std in stds]
         rows.append([sampling, distribution, *(f"{value:.2f}" for value in values)])
     with open(RESULTS, "w", newline="") as file:

@@ -1,6 +1,7 @@
 """Runs of the learning benchmarks: each is one `sb3-flow train` in a process of its own, then its evaluation."""
 
 import csv
+import inspect
 import json
 import os
 import platform
@@ -87,6 +88,37 @@ def provenance() -> dict[str, Any]:
         versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
         hardware=f"{os.cpu_count()} × {cpu[0] if cpu else platform.processor()}",
     )
+
+
+def fpo_hyperparameters(env_id: str) -> dict[str, Any]:
+    """FPO's hyperparameters of a task, see :func:`with_defaults`."""
+    from sb3_flow.zoo import default_conf_file
+    from sb3_flow.zoo.hyperparams import expand_preset
+
+    blocks = yaml.safe_load(Path(default_conf_file("fpo")).read_text())
+    return with_defaults(expand_preset("fpo", blocks.get(env_id, blocks["default"]), str))
+
+
+def with_defaults(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param hyperparameters: FPO's, in rl-zoo3's format
+    :return: hyperparameters with those that the class has by default, and with ``policy_kwargs`` that are a dict
+    """
+    import rl_zoo3.exp_manager
+
+    from sb3_flow import FPO
+    from sb3_flow.fpo.policies import DEFAULT_NET_ARCH, MlpPolicy
+
+    policy_kwargs = hyperparameters.get("policy_kwargs", {})
+    if isinstance(policy_kwargs, str):
+        policy_kwargs = eval(policy_kwargs, dict(vars(rl_zoo3.exp_manager)))
+    policy_kwargs = {**_defaults(MlpPolicy), "net_arch": DEFAULT_NET_ARCH, **policy_kwargs}
+    return {**_defaults(FPO), **hyperparameters, "policy_kwargs": policy_kwargs}
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def train_and_evaluate(

@@ -33,9 +33,9 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from dmc import DMC, hyperparameters
+from dmc import DMC
 from gymnasium import spaces
-from runs import provenance, write_table
+from runs import fpo_hyperparameters, provenance, write_table
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 SHAPES = {"HalfCheetah": (17, 6), "Humanoid": (348, 17)}
@@ -88,17 +88,26 @@ def flow_flops(obs_dim: int, action_dim: int, net: list[int], n_points: int) -> 
 
 
 def policies(obs_dim: int, action_dim: int, pi: list[int], vf: list[int]) -> tuple[Any, Any]:
-    import torch as th
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     from sb3_flow import FPO
 
-    policy_kwargs = dict(net_arch=dict(pi=pi, vf=vf), activation_fn=th.nn.SiLU)
     settings: dict[str, Any] = dict(n_steps=128, batch_size=BATCH, n_epochs=1, learning_rate=1e-6, device="cpu", seed=0)
     env = DummyVecEnv([lambda: Still(obs_dim, action_dim)] * 16)
-    fpo, ppo = (cls("MlpPolicy", env, policy_kwargs=policy_kwargs, **settings) for cls in (FPO, PPO))
+    fpo, ppo = (cls("MlpPolicy", env, **of_the_paper(cls, pi, vf) | settings) for cls in (FPO, PPO))
     return fpo, ppo
+
+
+def of_the_paper(cls: Any, pi: list[int], vf: list[int]) -> dict[str, Any]:
+    """FPO's settings of the paper, and PPO's own, with these networks."""
+    import torch as th
+
+    from sb3_flow import FPO, presets
+
+    preset = presets.PAPER if cls is FPO else {}
+    policy_kwargs = dict(net_arch=dict(pi=pi, vf=vf), activation_fn=th.nn.SiLU)
+    return {**preset, "policy_kwargs": {**preset.get("policy_kwargs", {}), **policy_kwargs}}
 
 
 class Timed:
@@ -157,7 +166,6 @@ def train(shape: str) -> tuple[Timed, dict[str, Any], float]:
 
 
 def learn(env_id: str) -> tuple[Timed, dict[str, Any], float]:
-    import torch as th
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -166,9 +174,9 @@ def learn(env_id: str) -> tuple[Timed, dict[str, Any], float]:
     pi, vf = NETS["4x32"], NETS["2x256"]
 
     def call(cls) -> Timed:
-        policy_kwargs = dict(net_arch=dict(pi=pi, vf=vf), activation_fn=th.nn.SiLU)
+        settings = dict(n_steps=128, batch_size=BATCH, n_epochs=10, device="cpu", seed=0)
         env = make_vec_env(env_id, 16, seed=0)
-        model = cls("MlpPolicy", env, n_steps=128, batch_size=BATCH, device="cpu", seed=0, policy_kwargs=policy_kwargs)
+        model = cls("MlpPolicy", env, **of_the_paper(cls, pi, vf) | settings)
         model.learn(1)
 
         def run() -> None:
@@ -258,11 +266,10 @@ def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
     from sb3_flow.envs.envpool import TASKS, make_envpool, make_ordinary
 
     env_id = f"dm_control/{task}-v0"
-    settings = hyperparameters("fpo", env_id)
-    policy_kwargs = eval(settings.pop("policy_kwargs"))
-    settings["learning_rate"] = float(settings["learning_rate"].removeprefix("lin_"))
-    n_envs, policy, _, _, _ = map(settings.pop, ("n_envs", "policy", "n_timesteps", "env_wrapper", "normalize"))
-    n_steps, net_arch, n_epochs = settings["n_steps"], policy_kwargs["net_arch"], settings["n_epochs"]
+    settings = fpo_hyperparameters(env_id)
+    settings.update(learning_rate=float(settings["learning_rate"].removeprefix("lin_")), device="cpu", seed=0)
+    n_envs, policy, _, _ = map(settings.pop, ("n_envs", "policy", "n_timesteps", "env_wrapper"))
+    n_steps, net_arch, n_epochs = settings["n_steps"], settings["policy_kwargs"]["net_arch"], settings["n_epochs"]
     of_ppo = ("n_steps", "batch_size", "n_epochs", "gamma", "learning_rate", "clip_range")
 
     def call(model) -> Timed:
@@ -274,8 +281,7 @@ def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
         return Timed(run, 2 * n_envs * n_steps)
 
     def fpo(env) -> Timed:
-        env = VecNormalize(env, gamma=settings["gamma"])
-        return call(FPO(policy, env, policy_kwargs=policy_kwargs, device="cpu", seed=0, **settings))
+        return call(FPO(policy, env, **settings))
 
     def ppo(env) -> Timed:
         env = VecNormalize(env, gamma=settings["gamma"])

@@ -58,7 +58,6 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
     net_arch = NET_ARCHS[trial.suggest_categorical("net_arch", list(NET_ARCHS))]
     hyperparameters: dict[str, Any] = dict(
         env_wrapper="gymnasium.wrappers.FlattenObservation",
-        normalize=True,
         n_envs=16,
         n_timesteps=1e6,
         policy="MlpPolicy",
@@ -73,22 +72,10 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
     ortho_init = trial.suggest_categorical("ortho_init", [False, True])
     networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256]), ortho_init={ortho_init}"
     if algo == "fpo":
-        flow = f"output_scale=4.0, skip_connection=True, squash_type='clip', action_scale={std:.2f}"
-        return dict(
-            **hyperparameters,
-            bounds_loss_coef=0.3,
-            log_ratio_clip=0.5,
-            supervision="elbo",
-            loss_reduction="sum",
-            ratio_type="per_sample",
-            mc_sampling="stratified",
-            timestep_distribution="importance",
-            n_mc_samples=4,
-            n_baseline_actions=2,
-            policy_kwargs=f"dict({networks}, {flow}, action_perturbation_std=0.1)",
-        )
+        return dict(**hyperparameters, policy_kwargs=f"dict({networks}, action_scale={std:.2f})")
     return dict(
         **hyperparameters,
+        normalize=True,
         policy_kwargs=f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn=nn.SiLU)",
     )
 

@@ -88,8 +88,8 @@ def captured_without_a_word(request):
     [
         {},
         dict(clip_range_vf=lambda p: 0.2 * p + 0.01, clip_range=lambda p: 0.1 * p, learning_rate=lambda p: 1e-3 * p),
-        dict(ent_coef=0.01, n_baseline_actions=2, mc_sampling="stratified", bounds_loss_coef=0.1, max_grad_norm=None),
-        dict(positive_advantage=True, ratio_type="per_sample", trust_region="aspo", ema_decay=0.9, ema_start=1),
+        dict(ent_coef=0.0, n_baseline_actions=0, bounds_loss_coef=0.0, max_grad_norm=None, ratio_type="averaged"),
+        dict(normalize_advantage="rollout", cfm_loss="fpo++", trust_region="aspo", ema_decay=0.9, ema_start=1),
         dict(policy_kwargs=dict(SMALL, sampler="sde", action_perturbation_std=0.1, optimizer_class=th.optim.AdamW)),
     ],
 )  # fmt: skip
@@ -499,9 +499,9 @@ def set_attribute(name, value, model):
 
 FPO_CHANGES = {
     **{name: partial(set_attribute, name, value) for name, value in dict(
-        ent_coef=0.1, vf_coef=1.0, max_grad_norm=1.0, bounds_loss_coef=0.5, supervision="velocity", loss_reduction="sum",
-        ratio_type="per_sample", trust_region="spo", cfm_loss_clip=5.0, log_ratio_clip=1.0, normalize_advantage=False,
-        positive_advantage=True, n_mc_samples=4, n_baseline_actions=1, target_kl=10.0, clip_range_vf=lambda _: 0.1,
+        ent_coef=0.1, vf_coef=1.0, max_grad_norm=1.0, bounds_loss_coef=0.5, ratio_type="averaged", trust_region="aspo",
+        cfm_loss_clip=5.0, log_ratio_clip=1.0, normalize_advantage="rollout", n_mc_samples=8, n_baseline_actions=1,
+        target_kl=10.0, clip_range_vf=lambda _: 0.1,
     ).items()},
     "output scale": lambda m: setattr(m.policy.action_net, "output_scale", 2.0),
     "prediction type": lambda m: setattr(m.policy.action_net, "prediction_type", "noise"),

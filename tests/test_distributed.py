@@ -33,12 +33,13 @@ N_TRANSITIONS = 64
 
 FPO_CONFIGS = {
     "default": dict(),
+    "of the paper": dict(cfm_loss="fpo", ratio_type="averaged", n_baseline_actions=0, ent_coef=0.0, bounds_loss_coef=0.0),
     "value clipping": dict(normalize_advantage=False, clip_range_vf=0.2, max_grad_norm=None),
-    "entropy and baseline actions": dict(ent_coef=0.05, n_baseline_actions=2, supervision="elbo", loss_reduction="sum"),
+    "entropy": dict(ent_coef=0.05, n_baseline_actions=1),
     "early stopping": dict(target_kl=3.3e-4, learning_rate=1e-3, batch_size=4),
     "truncated minibatch": dict(batch_size=24, ratio_type="per_sample", trust_region="aspo", bounds_loss_coef=0.1),
     "one transition each": dict(batch_size=2, n_epochs=1),
-    "positive advantages and average": dict(positive_advantage=True, ema_decay=0.9, ema_start=0),
+    "advantages of the rollout and average": dict(normalize_advantage="rollout", ema_decay=0.9, ema_start=0),
 }
 FQL_CONFIGS = {
     "default": dict(),
@@ -62,7 +63,7 @@ def fpo_update(config, rank=None):
     samples = [draw(3), draw(1), draw(), draw(), 3 * draw() + 1, draw()]
     # Pairs, and baseline actions: for the ratio, and for the entropy
     pairs = [
-        [draw(8, 1), 0.1 * th.randint(1, 11, (N_TRANSITIONS, 8), generator=generator), th.ones(N_TRANSITIONS, 8)]
+        [draw(4, 1), 0.1 * th.randint(1, 11, (N_TRANSITIONS, 4), generator=generator), th.ones(N_TRANSITIONS, 4)]
         for _ in range(2)
     ]
     baseline_actions = [draw(model.n_baseline_actions, 1) for _ in range(2)]

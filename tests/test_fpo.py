@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import TanhTransform
 
 import sb3_flow.fpo.fpo as fpo_module
-from sb3_flow import FPO
+from sb3_flow import FPO, presets
 from sb3_flow.common.flow import PREDICTION_TYPES, cfm_loss, interpolate
 from sb3_flow.common.surrogates import RATIO_TYPES, flow_ratio
 from sb3_flow.fpo import MlpPolicy
@@ -91,7 +91,7 @@ def test_every_transition_once_per_epoch():
     collect(model)
     actions = model.rollout_buffer.actions.copy().reshape(-1, 1)
     rollout = model._get_rollout()
-    taken = rollout.actions.flatten(1).numpy()
+    taken = rollout.actions[:, 0].flatten(1).numpy()
     assert np.allclose(np.sort(taken, axis=0), np.sort(actions, axis=0))
     assert not np.allclose(taken, actions)
     for _ in range(2):
@@ -454,14 +454,14 @@ class Bandit(gym.Env):
 
 
 def test_bandit_keeps_both_modes():
-    """Of two equally good actions a flow keeps both, where a Gaussian has to choose one, or to stay in between."""
+    """Of two equally good actions FPO with the settings of the paper keeps both. A Gaussian chooses one, or is between."""
     shares = {}
     for algorithm in (FPO, PPO):
         env = make_vec_env(Bandit, 64)
-        model = algorithm(
-            "MlpPolicy", env, learning_rate=LinearSchedule(1e-3, 0.0, 1.0), n_steps=64, batch_size=256, gamma=0.0,
-            gae_lambda=0.0, seed=0, device="cpu",
-        )  # fmt: skip
+        kwargs = dict(n_steps=64, batch_size=256, n_epochs=10, gamma=0.0, gae_lambda=0.0)
+        kwargs["learning_rate"] = LinearSchedule(1e-3, 0.0, 1.0)
+        preset = presets.PAPER if algorithm is FPO else {}
+        model = algorithm("MlpPolicy", env, seed=0, device="cpu", **{**preset, **kwargs})
         model.learn(12 * 64 * 64)
         actions, _ = model.predict(np.zeros((5000, 1), dtype=np.float32), deterministic=False)
         shares[algorithm] = [

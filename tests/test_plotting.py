@@ -82,10 +82,11 @@ def test_paths_end_where_the_policy_acts(squash_type):
 @pytest.mark.parametrize("prediction_type", ["velocity", "noise", "action"])
 def test_paths_of_a_skip_connection(prediction_type):
     """With few steps too, they go where the policy acts, and its standard deviation is theirs."""
-    flow_kwargs = dict(skip_connection=True, prediction_type=prediction_type, squash_output=False, n_flow_steps=5)
+    flow_kwargs = dict(skip_connection=True, prediction_type=prediction_type, n_flow_steps=5, action_scale=0.05)
     model = FPO("MlpPolicy", Reach(), policy_kwargs=flow_kwargs, **KWARGS)
     th.manual_seed(0)
-    paths = flow_paths(model, np.zeros(3, "f4"), n_samples=1000, n_times=5)
+    # (so narrow that none is clipped)
+    paths = model.policy.scale_action(flow_paths(model, np.zeros(3, "f4"), n_samples=1000, n_times=5))
     th.manual_seed(0)
     samples = model.policy._predict(th.zeros(1000, 3)).detach().numpy()
     assert np.allclose(paths[-1], samples, atol=1e-4)

@@ -17,7 +17,7 @@ def layers(module):
 
 
 NUMBERS = {
-    # DESIGN of the authors' JAX code: FpoConfig of playground/src/flow_policy/fpo.py
+    # Those of the authors' JAX code, playground/src/flow_policy/fpo.py
     "paper": dict(
         learning_rate=3e-4, n_epochs=16, gamma=0.995, gae_lambda=0.95, clip_range=0.05, normalize_advantage=True, ent_coef=0,
         vf_coef=0.25, max_grad_norm=None, bounds_loss_coef=0, n_mc_samples=8, n_baseline_actions=0, ratio_type="averaged",

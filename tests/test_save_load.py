@@ -81,7 +81,7 @@ def test_set_parameters():
 
 
 def test_checkpoint_holds_plain_parameters(tmp_path):
-    model = make_model().learn(64)
+    model = make_model(policy_kwargs=dict(net_arch=[64, 64])).learn(64)
     model.save(tmp_path / "model.zip")
     data, params, _ = load_from_zip_file(tmp_path / "model.zip")
     assert set(params) == {"policy", "policy.optimizer"}

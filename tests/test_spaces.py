@@ -138,7 +138,9 @@ def test_raw_actions_and_those_of_the_environment(bounds, dtype, action_scale, t
     # Of dimensions without two bounds, most actions are not on one
     assert len(np.unique(actions[:, ~bounded])) >= 15 * (~bounded).sum()
 
-    inside = np.where(bounded, low + (high - low) * rng.uniform(0.05, 0.95, size=(50, len(low))), actions)
+    share = rng.uniform(0.05, 0.95, size=(50, bounded.sum()))
+    inside = actions.copy()
+    inside[:, bounded] = low[bounded] + (high - low)[bounded] * share
     again = policy.scale_action(inside)
     assert np.allclose(policy.unscale_action(again), inside, rtol=1e-5, atol=1e-4)
     free = high > low

@@ -1,5 +1,6 @@
 """The command line, through rl-zoo3's own programs."""
 
+import functools
 import json
 import os
 import pickle
@@ -13,7 +14,9 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 import yaml
+from torch import nn
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
@@ -25,6 +28,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
 import sb3_flow.zoo
 from sb3_flow import FPO, FQL
+from sb3_flow.common.flow import CFM_LOSSES
 from sb3_flow.zoo import cli
 
 TRAIN = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "--num-threads", "1", "--seed", "1", "-params", "n_envs:2",
@@ -54,12 +58,13 @@ def test_register():
 def test_hyperparameters_are_valid(algo):
     """Every block of the YAML files builds a model."""
     from rl_zoo3.exp_manager import ExperimentManager
-    from torch import nn  # noqa: F401 used by the evaluated strings
+
+    from sb3_flow.zoo.hyperparams import evaluate, expand_preset
 
     blocks = yaml.safe_load(Path(sb3_flow.zoo.default_conf_file(algo)).read_text())
     assert "default" in blocks
     # Those of the zoo, and those that need a dataset
-    others = {"n_envs", "n_timesteps", "normalize", "policy", "env_wrapper", "frame_stack"}
+    others = {"n_envs", "n_timesteps", "policy", "env_wrapper", "frame_stack"}
     others |= {"dataset", "dataset_kwargs", "offline_steps"}
     for env_id, hyperparams in blocks.items():
         if "dataset" in hyperparams:
@@ -74,8 +79,8 @@ def test_hyperparameters_are_valid(algo):
             assert "visual" in env_id and hyperparams["frame_stack"] == 3
             hyperparams["policy"] = "MlpPolicy"
         kwargs = {key: value for key, value in hyperparams.items() if key not in others}
-        kwargs = ExperimentManager._preprocess_schedules(kwargs)
-        kwargs["policy_kwargs"] = eval(kwargs.get("policy_kwargs", "{}"))
+        kwargs = ExperimentManager._preprocess_schedules(expand_preset(algo, kwargs, str))
+        kwargs["policy_kwargs"] = evaluate(env_id, "policy_kwargs", kwargs.get("policy_kwargs", "{}"))
         model = sb3_flow.zoo.FLOW_ALGOS[algo](hyperparams["policy"], "Pendulum-v1", **kwargs)
         if isinstance(model, FPO):
             assert model.n_steps * hyperparams.get("n_envs", 1) % model.batch_size == 0
@@ -296,7 +301,7 @@ def test_search_space():
             hyperparams = HYPERPARAMS_SAMPLER["fpo"](trial, 1, n_envs, {})
             assert hyperparams["n_steps"] * n_envs % hyperparams["batch_size"] == 0
             # Below, there would be no trust region
-            assert hyperparams["log_ratio_clip"] > -np.log(1 - trial.distributions["clip_range"].high)
+            assert FPO("MlpPolicy", "Pendulum-v1").log_ratio_clip > -np.log(1 - trial.distributions["clip_range"].high)
             distributions.add(str(trial.distributions))
         assert len(distributions) == 1
     for algo, model_class in sb3_flow.zoo.FLOW_ALGOS.items():
@@ -327,7 +332,7 @@ def test_optimize(monkeypatch, capsys):
              actions=np.zeros((50, 1)))  # fmt: skip
     # (with this seed trials are short)
     for algo, trial_id, seed, n_timesteps, params in [
-        ("fpo", 1, 11, 1024, ["n_envs:2"]),
+        ("fpo", 1, 7, 1024, ["n_envs:2"]),
         # The first trial is a trial like any other
         ("fql", 0, 0, 4, ["dataset:'data.npz'", "offline_steps:4", "buffer_size:100"]),
     ]:
@@ -429,6 +434,93 @@ def test_own_conf_file(monkeypatch):
     assert dict(config) == hyperparams
 
 
+def read_config(run):
+    return dict(yaml.unsafe_load(Path(f"logs/fpo/{run}/Pendulum-v1/config.yml").read_text()))
+
+
+def test_preset_of_a_file(monkeypatch):
+    """What is beside it wins, also within policy_kwargs. The run has its values, not its name."""
+    hyperparams = dict(preset="fpo++", n_timesteps=64, policy="MlpPolicy", n_steps=64, batch_size=64, n_epochs=1, n_envs=1)
+    policy_kwargs = "dict(net_arch=[8], n_flow_steps=2, activation_fn=nn.Tanh)"
+    Path("mine.yml").write_text(yaml.safe_dump({"Pendulum-v1": dict(hyperparams, policy_kwargs=policy_kwargs)}))
+    train = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "-conf", "mine.yml", "--eval-freq", -1, "--num-threads", 1]
+    sb3_flow_main(monkeypatch, *train)
+    model = FPO.load("logs/fpo/Pendulum-v1_1/Pendulum-v1.zip")
+    assert model.trust_region == "aspo" and model.n_mc_samples == 16 and model.n_epochs == 1
+    assert model.policy.net_arch == [8] and model.policy.n_flow_steps == 2 and not model.policy.skip_connection
+    assert model.policy.activation_fn is nn.Tanh and model.policy.optimizer_class is th.optim.AdamW
+    config = read_config("Pendulum-v1_1")
+    assert "preset" not in config and config["cfm_loss"] == "fpo++" and config["policy_kwargs"]["output_scale"] == 1.0
+
+    # It reproduces the run, as does the file, which a run that goes on is compared with
+    Path("again.yml").write_text(yaml.dump({"Pendulum-v1": {**config, "policy_kwargs": str_of(config["policy_kwargs"])}}))
+    sb3_flow_main(monkeypatch, *["again.yml" if arg == "mine.yml" else arg for arg in train])
+    again = read_config("Pendulum-v1_2")
+    assert again | dict(policy_kwargs=eval(again["policy_kwargs"])) == config
+    sb3_flow_main(monkeypatch, *train, "-n", 128, "--resume", "logs/fpo/Pendulum-v1_1")
+    assert FPO.load("logs/fpo/Pendulum-v1_1/Pendulum-v1.zip").num_timesteps == 128
+    Path("mine.yml").write_text(Path("mine.yml").read_text().replace("fpo++", "paper"))
+    with pytest.raises(SystemExit, match=r"-conf/--conf-file: the run has trust_region:'aspo', given trust_region:'ppo'"):
+        sb3_flow_main(monkeypatch, *train, "-n", 256, "--resume", "logs/fpo/Pendulum-v1_1")
+    sb3_flow_main(monkeypatch, "enjoy", "--algo", "fpo", "--env", "Pendulum-v1", "--exp-id", 1, "--no-render", "-n", 5)
+
+
+def str_of(policy_kwargs):
+    classes = {nn.Tanh: "nn.Tanh", th.optim.AdamW: "th.optim.AdamW"}
+    parts = [f"{name}={classes[x] if isinstance(x, type) else repr(x)}" for name, x in policy_kwargs.items()]
+    return f"dict({', '.join(parts)})"
+
+
+def test_preset_of_the_command_line(monkeypatch):
+    """It is above the file, and what is beside it above it."""
+    params = ["-params", "preset:'paper'", "n_steps:64", "n_envs:1", "n_epochs:1", "policy_kwargs:dict(net_arch=[8])"]
+    train = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 64, "--eval-freq", -1, "--num-threads", 1]
+    Path("mine.yml").write_text(
+        yaml.safe_dump({"Pendulum-v1": dict(preset="fpo++", policy="MlpPolicy", n_timesteps=9, vf_coef=0.7, batch_size=32,
+                                            policy_kwargs="dict(n_flow_steps=3)")})
+    )  # fmt: skip
+    sb3_flow_main(monkeypatch, *train, "-conf", "mine.yml", *params)
+    model = FPO.load("logs/fpo/Pendulum-v1_1/Pendulum-v1.zip")
+    assert model.vf_coef == 0.25 and model.cfm_loss == CFM_LOSSES["fpo"] and model.ema_decay is None
+    assert model.batch_size == 32 and model.n_epochs == 1
+    assert model.policy.net_arch == [8] and model.policy.n_flow_steps == 10 and model.policy.squash_type == "tanh"
+    for same in (["-conf", "mine.yml"], params, ["-conf", "mine.yml", *params], ["-params", "preset:'paper'", *params[2:]]):
+        sb3_flow_main(monkeypatch, *train, *same, "--resume")
+    for other in ("preset:'fpo++'", "policy_kwargs:dict(net_arch=[9])"):
+        with pytest.raises(SystemExit, match="-params/--hyperparams: the run has"):
+            sb3_flow_main(monkeypatch, *train, "-params", other, "--resume")
+
+
+@pytest.mark.parametrize("preset_of", ["file", "command line"])
+def test_preset_in_a_search(monkeypatch, preset_of):
+    """Trials have its values but for those that are sampled, and are trained with those again."""
+    block, params = dict(policy="MlpPolicy", n_timesteps=9, vf_coef=0.7), ["n_envs:1"]
+    if preset_of == "file":
+        block["preset"] = "paper"
+    else:
+        params.append("preset:'paper'")
+    Path("mine.yml").write_text(yaml.safe_dump({"Pendulum-v1": block}))
+    study = ["--algo", "fpo", "--env", "Pendulum-v1", "--storage", "study.log", "--study-name", "s", "-n", 32]
+    study += ["-conf", "mine.yml", "--num-threads", 1, "-params", *params]
+    options = ["--n-trials", 1, "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots"]
+    models, init = [], FPO.__init__
+
+    @functools.wraps(init)
+    def keep(model, *args, **kwargs):
+        init(model, *args, **kwargs)
+        models.append(model)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FPO, "__init__", keep)
+        sb3_flow_main(patched, "optimize", *study, *options)
+        sb3_flow_main(patched, "train", *study, "--trial-id", 0, "--eval-freq", -1)
+    trial, again = models[-2:]
+    assert trial.cfm_loss == CFM_LOSSES["fpo"] and trial.vf_coef == (0.7 if preset_of == "file" else 0.25)
+    for name in ("cfm_loss", "vf_coef", "n_steps", "batch_size", "n_epochs", "policy_kwargs", "gamma", "ent_coef"):
+        assert getattr(again, name) == getattr(trial, name)
+    assert again.policy_kwargs.keys() == {"net_arch", "action_scale", "action_perturbation_std"}
+
+
 def checkpoint_steps(run):
     return sorted(int(path.stem.split("_")[-2]) for path in run.glob("rl_model_*_steps.zip"))
 
@@ -439,8 +531,8 @@ def checkpoint_steps(run):
         (["fly"], "unknown command 'fly', it must be one of train"),
         (["train", "--algo", "fpo", "--env", "Pendolum-v1"], "argument --env: .*Pendulum"),
         (["train", "--algo", "fpo", "--env", "CartPole-v1"], "only supports .*Box.* but Discrete"),
-        ([*TRAIN[:5], "-params", "trust_region:'foo'"], "Unknown `trust_region`: 'foo', .* 'ppo', 'spo', 'aspo'"),
-        ([*TRAIN[:5], "-params", "use_sde:True"], "`use_sde` must be False"),
+        ([*TRAIN[:5], "-params", "trust_region:'foo'"], "Unknown `trust_region`: 'foo', .* 'ppo', 'aspo'"),
+        ([*TRAIN[:5], "-params", "use_sde:True"], "found 'use_sde', which is unknown"),
         (["evaluate", "--algo", "fpo", "--env", "Pendulum-v1"], "folder was not found"),
     ],
 )

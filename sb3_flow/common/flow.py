@@ -87,7 +87,7 @@ class CFMLoss(NamedTuple):
 
 #: Its choices, field by field
 CFM_LOSS_CHOICES = CFMLoss(SUPERVISIONS, LOSS_REDUCTIONS, TIMESTEP_DISTRIBUTIONS, SAMPLINGS)  # type: ignore[arg-type]
-#: Those that have a name: with it, the log-ratio is one of likelihoods; those of the authors' codes.
+#: Those that have a name: "elbo", with which the log-ratio is one of likelihoods, and those of the authors' codes.
 CFM_LOSSES = {
     "elbo": CFMLoss(),
     "fpo": CFMLoss("noise", "mean", "grid", "independent"),

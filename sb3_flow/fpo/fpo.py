@@ -123,7 +123,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     Paper: https://arxiv.org/abs/2507.21053 (FPO), https://arxiv.org/abs/2602.02481 (FPO++)
     Reference implementation: https://github.com/akanazawa/fpo
 
-    The defaults are what learns on most tasks. Those of the papers are in :mod:`sb3_flow.presets`.
+    The defaults are what learns on most tasks. The settings of the papers are in ``sb3_flow.presets``.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -268,6 +268,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.bounds_loss_coef = bounds_loss_coef
+        # (a CFMLoss once it is checked)
         self.cfm_loss: Any = cfm_loss
         self.n_mc_samples = n_mc_samples
         self.n_baseline_actions = n_baseline_actions
@@ -335,6 +336,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
                 )
 
     def _check_flow_steps(self) -> None:
+        self.cfm_loss = to_cfm_loss(self.cfm_loss)
         check_flow_steps(self.cfm_loss, self.policy.prediction_type, self.policy.n_flow_steps)
 
     def _setup_model(self) -> None:
@@ -401,49 +403,53 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             self.policy.value_normalization.update(rollout.returns, self.policy.value_net)
         old = self._evaluate_old_policy(rollout)
 
-        # Switch to train mode (this affects batch norm / dropout)
+        # Lines 7 to 11: update the policy, in train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        updates = self._captured_updates(rollout, old, clip_ranges) if self.compile else None
-        # One for each minibatch
-        statistics: list[dict[str, th.Tensor]] = []
-        continue_training = True
-        # train for n_epochs epochs
-        for epoch in range(self.n_epochs):
-            n_before = len(statistics)
-            # Do a complete pass on the rollout
-            for indices in self._epoch_minibatches(epoch, len(rollout.actions)):
-                if updates is not None:
-                    statistics.append(updates(indices))
-                    continue
-                # (the pseudo-KL divergence is that of the last epoch in the logs)
-                needs_kl = self.target_kl is not None or epoch == self.n_epochs - 1
-                loss, values = self._losses(rollout.select(indices), old.select(indices), clip_ranges, needs_kl)
-                statistics.append(values)
-                if self.target_kl is not None and distributed.mean(values["approx_kl"]) > 1.5 * self.target_kl:
-                    continue_training = False
-                    if self.verbose >= 1 and distributed.rank() == 0:
-                        print(f"Early stopping at step {epoch} due to reaching max kl: {values['approx_kl']:.2f}")
-                    break
-                self._optimization_step(loss, values)
+        epochs = self._run_epochs(rollout, old, clip_ranges)
 
-            self._n_updates += 1
-            if not continue_training:
-                break
-
-        if updates is not None:
-            self._check_finite()
-        # The moving average follows once per iteration
+        # What follows once per iteration: the moving average of the actor, and the statistics of the observations
         if self.policy.ema is not None:
             self.policy.update_ema(restart=self._n_iterations < self.ema_start)
         self._n_iterations += 1
         self.policy.update_normalization(rollout.observations)
 
         # Logs
-        self._record_statistics(statistics, n_last_epoch=len(statistics) - n_before, rollout=rollout)
+        for name, value in self._statistics(epochs, rollout).items():
+            self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/clip_range", clip_ranges.policy)
         if clip_ranges.value is not None:
             self.logger.record("train/clip_range_vf", clip_ranges.value)
+
+    def _run_epochs(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> list[list[dict[str, th.Tensor]]]:
+        """
+        :param rollout: The rollout
+        :param old: The same under the policy that collected it
+        :param clip_ranges: Sizes of the trust regions
+        :return: what is logged of each minibatch of each epoch
+        """
+        updates = self._captured_updates(rollout, old, clip_ranges) if self.compile else None
+        epochs: list[list[dict[str, th.Tensor]]] = []
+        for epoch in range(self.n_epochs):
+            epochs.append([])
+            self._n_updates += 1
+            # Do a complete pass on the rollout
+            for indices in self._epoch_minibatches(epoch, len(rollout.actions)):
+                if updates is not None:
+                    epochs[-1].append(updates(indices))
+                    continue
+                # (the pseudo-KL divergence is that of the last epoch in the logs)
+                needs_kl = self.target_kl is not None or epoch == self.n_epochs - 1
+                loss, values = self._losses(rollout.select(indices), old.select(indices), clip_ranges, needs_kl)
+                epochs[-1].append(values)
+                if self.target_kl is not None and distributed.mean(values["approx_kl"]) > 1.5 * self.target_kl:
+                    if self.verbose >= 1 and distributed.rank() == 0:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {values['approx_kl']:.2f}")
+                    return epochs
+                self._optimization_step(loss, values)
+        if updates is not None:
+            self._check_finite()
+        return epochs
 
     def _clip_ranges(self) -> ClipRanges:
         """Those of now (a schedule may end at zero)."""
@@ -596,31 +602,28 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         if failure is not None:
             raise ValueError(_not_finite(failure))
 
-    def _record_statistics(self, statistics: list[dict[str, th.Tensor]], n_last_epoch: int, rollout: FlowRollout) -> None:
+    def _statistics(self, epochs: list[list[dict[str, th.Tensor]]], rollout: FlowRollout) -> dict[str, float]:
         """
-        :param statistics: Those of the minibatches
-        :param n_last_epoch: Number of minibatches of the last epoch
+        :param epochs: Those of the minibatches of each epoch
         :param rollout: The rollout
+        :return: what is logged of an iteration, of all processes
         """
         reductions = {"ratio_min": min, "ratio_max": max, "raw_action_max": max}
-        recorded = {}
-        for name in statistics[-1]:
-            values = [row[name] for row in statistics if name in row]
-            if name == "approx_kl":
-                values = values[-n_last_epoch:]
-            elif name == "loss":
-                values = values[-1:]
-            recorded[name] = reductions.get(name, np.mean)(th.stack(values).tolist())
-        recorded["raw_action_max"] = rollout.actions[:, 0].abs().max().item()
-        recorded["explained_variance"] = explained_variance(
+        minibatches = [row for epoch in epochs for row in epoch]
+        # Most are those of all minibatches
+        rows = {"approx_kl": epochs[-1], "loss": minibatches[-1:]}
+        statistics = {
+            name: reductions.get(name, np.mean)(th.stack([row[name] for row in rows.get(name, minibatches)]).tolist())
+            for name in minibatches[-1]
+        }
+        statistics["raw_action_max"] = rollout.actions[:, 0].abs().max().item()
+        statistics["explained_variance"] = explained_variance(
             self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
         )
         if self.bounds_loss_coef == 0:
-            del recorded["bounds_loss"]
-        everyones = distributed.gather(recorded)
-        for name in recorded:
-            value = reductions.get(name, np.mean)([theirs[name] for theirs in everyones])
-            self.logger.record(f"train/{name}", float(value))
+            del statistics["bounds_loss"]
+        everyones = distributed.gather(statistics)
+        return {name: float(reductions.get(name, np.mean)([theirs[name] for theirs in everyones])) for name in statistics}
 
     def _get_rollout(self) -> FlowRollout:
         """
@@ -641,7 +644,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             if not th.isfinite(tensor).all():
                 raise ValueError(f"NaN or inf in the {name} of the rollout: training stopped before it reached the weights")
 
-        # set_sampler() may have changed it
+        # They may have been changed since
         self._check_flow_steps()
         advantages = distributed.normalize(data.advantages) if self.normalize_advantage == "rollout" else data.advantages
         points = self._draw_points(data.observations, data.actions)

@@ -42,6 +42,8 @@ from sb3_flow.common.samplers import VelocityField, check_sampler
 
 #: How raw actions are brought into the bounds.
 SQUASH_TYPES = ("clip", "tanh")
+#: Numbers of units of the hidden layers: the flow needs some to bring its inputs together, also behind a CNN
+DEFAULT_NET_ARCH: dict[str, list[int]] = dict(pi=[64, 64], vf=[256, 256])
 #: How far from the middle actions may be without a loss (``bounds_loss_coef``), in units of half the distance of the bounds,
 #: before they are squashed or clipped.
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
@@ -54,8 +56,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     The flow lives in an unbounded space: a *raw* action. The environment receives ``action_scale * raw`` clipped to [-1, 1]
     (or, with ``squash_type="tanh"``, its tanh), rescaled to the bounds of the action space. In a dimension without two finite
-    bounds it receives ``action_scale * raw`` in env units, clipped to a bound if there is one. Buffers and losses only see raw
-    actions.
+    bounds it receives ``action_scale * raw`` in env units, added to the legal action that is closest to zero, and clipped to a
+    bound if there is one. Buffers and losses only see raw actions.
 
     :param observation_space: Observation space
     :param action_space: Action space, a ``Box`` (with finite bounds for ``squash_type="tanh"``)
@@ -163,8 +165,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             observation_space,
             action_space,
             lr_schedule,
-            # The flow needs hidden layers to bring its inputs together, also behind a CNN
-            dict(pi=[64, 64], vf=[256, 256]) if net_arch is None else to_net_arch(net_arch, ("pi", "vf")),
+            to_net_arch(DEFAULT_NET_ARCH if net_arch is None else net_arch, ("pi", "vf")),
             activation_fn,
             to_bool("ortho_init", ortho_init),
             features_extractor_class=features_extractor_class,

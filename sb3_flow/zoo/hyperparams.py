@@ -177,9 +177,28 @@ def evaluate(where: str, key: str, value: Any) -> Any:
         raise InputError(f"{where}: found {key}:{value!r}, expected an expression of Python: {one_line(error)}") from error
 
 
+def find_preset(algo: str, hyperparams: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any] | None:
+    """
+    :param algo: Name of the algorithm
+    :param hyperparams: Hyperparameters, as rl-zoo3 reads them, which may have a ``preset``
+    :param where: Where a hyperparameter is from, for the error message
+    :return: hyperparameters of the preset, None if there is none
+    :raises InputError: if the algorithm has no such preset
+    """
+    if "preset" not in hyperparams:
+        return None
+    name, presets = hyperparams["preset"], PRESETS.get(algo)
+    found = f"{where('preset')}: found preset:{name!r}"
+    if presets is None:
+        raise InputError(f"{found}, but {algo} has no presets, only {' and '.join(PRESETS)} has")
+    if name not in list(presets):
+        raise InputError(f"{found}, expected one of {', '.join(map(repr, presets))}")
+    return presets[name]
+
+
 def expand_preset(algo: str, hyperparams: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
     """
-    Put hyperparameters that have a name, ``preset``, in its place. Those beside it win, also within ``policy_kwargs``.
+    Put the hyperparameters of a ``preset`` in its place. Those beside it win, also within ``policy_kwargs``.
 
     :param algo: Name of the algorithm
     :param hyperparams: Hyperparameters, as rl-zoo3 reads them
@@ -187,20 +206,14 @@ def expand_preset(algo: str, hyperparams: Mapping[str, Any], where: Callable[[st
     :return: hyperparameters without ``preset``
     :raises InputError: if the algorithm has no such preset
     """
-    given = dict(hyperparams)
-    if "preset" not in given:
+    preset = find_preset(algo, hyperparams, where)
+    given = {name: value for name, value in hyperparams.items() if name != "preset"}
+    if preset is None:
         return given
-    name, presets = given.pop("preset"), PRESETS.get(algo)
-    found = f"{where('preset')}: found preset:{name!r}"
-    if presets is None:
-        raise InputError(f"{found}, but {algo} has no presets, only {' and '.join(PRESETS)} has")
-    if name not in list(presets):
-        raise InputError(f"{found}, expected one of {', '.join(map(repr, presets))}")
-    expanded = {**presets[name], **given}
     policy_kwargs = evaluate(where("policy_kwargs"), "policy_kwargs", given.get("policy_kwargs", {}))
     if isinstance(policy_kwargs, dict):
-        expanded["policy_kwargs"] = {**presets[name]["policy_kwargs"], **policy_kwargs}
-    return expanded
+        given["policy_kwargs"] = {**preset["policy_kwargs"], **policy_kwargs}
+    return {**preset, **given}
 
 
 def _check_classes(where: str, key: str, value: Any) -> None:
@@ -438,7 +451,9 @@ def storage_path(storage: str) -> Path | None:
 
 
 class CheckedExperimentManager(ExperimentManager):
-    """rl-zoo3's ``ExperimentManager``, which checks its inputs before it makes anything."""
+    """rl-zoo3's ``ExperimentManager``, which checks its inputs before it makes anything, and knows presets."""
+
+    _trial_hyperparams: dict[str, Any]
 
     def _where(self, key: str) -> str:
         from_user = key in (self.custom_hyperparams or {})
@@ -449,26 +464,34 @@ class CheckedExperimentManager(ExperimentManager):
         if convert and self.algo not in HYPERPARAMS_CONVERTER:
             raise InputError(f"argument --algo: found {self.algo!r}, which has no search space")
         with user_input(f"argument --trial-id: found trial {trial_id} of {study_name}, expected one of {self.algo}"):
-            return super().load_trial(storage, study_name, trial_id, convert)
+            self._trial_hyperparams = super().load_trial(storage, study_name, trial_id, convert)
+        return self._trial_hyperparams
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         check_conf_file(self.config, self.env_name.gym_id, self._is_atari)
-        # A preset of the command line is above all that is in the file, its preset included
-        is_from_user = "preset" in (self.custom_hyperparams or {})
-        if self.custom_hyperparams is not None:
-            self.custom_hyperparams = expand_preset(self.algo, self.custom_hyperparams, self._where)
+        self._trial_hyperparams = {}
         with user_input(f"argument -conf/--conf-file: {self.config}"):
             hyperparams, saved_hyperparams = super().read_hyperparameters()
         if "preset" in hyperparams:
-            if is_from_user:
-                del hyperparams["preset"]
-            hyperparams = expand_preset(self.algo, hyperparams, self._where)
+            hyperparams = self._expand_preset(hyperparams)
             # The run is that of its values, whatever becomes of the preset
             saved_hyperparams = OrderedDict(sorted(hyperparams.items()))
             print("With those of the preset in its place:")
             pprint(saved_hyperparams)
         check_hyperparams(self.algo, hyperparams, self._where)
         return hyperparams, saved_hyperparams
+
+    def _expand_preset(self, hyperparams: dict[str, Any]) -> dict[str, Any]:
+        """A preset is above what was there before it: that of the command line above the file, but beneath a trial."""
+        custom, trial = self.custom_hyperparams or {}, self._trial_hyperparams
+        beneath = {}
+        if "preset" in custom:
+            beneath, hyperparams = hyperparams, {**trial, **custom}
+        expanded = {**beneath, **expand_preset(self.algo, hyperparams, self._where)}
+        if "policy_kwargs" in trial and "policy_kwargs" not in custom:
+            # As in the search, where those that are sampled are all there are
+            expanded["policy_kwargs"] = trial["policy_kwargs"]
+        return {name: value for name, value in expanded.items() if name != "preset"}
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         what = f"{self.algo} on {self.env_name.gym_id}"

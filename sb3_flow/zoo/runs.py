@@ -186,10 +186,11 @@ class Run:
                 found.append(f"--{name.replace('_', '-')}: the run has {value!r}, given {getattr(args, name)!r}")
         if args.n_timesteps >= 0 and args.n_timesteps < self.n_timesteps:
             found.append(f"-n/--n-timesteps: the run has {self.n_timesteps}, given {args.n_timesteps}, which is not more")
-        hyperparams = given = expand_preset(self.algo, args.hyperparams or {}, lambda _: "argument -params/--hyperparams")
+        given = args.hyperparams or {}
+        hyperparams = expand_preset(self.algo, given, lambda _: "argument -params/--hyperparams")
         if args.conf_file:
             try:
-                hyperparams = self._read_conf_file(args.conf_file, given)
+                hyperparams = self._read_conf_file(args.conf_file, (self.args["hyperparams"] or {}) | given)
             except Exception as error:
                 # It can be a program
                 return [*found, f"-conf/--conf-file: {one_line(error)}"]
@@ -201,7 +202,7 @@ class Run:
             own = self._hyperparameter(name)
             same_name = name == "dataset" and isinstance(value, str) and isinstance(own, str)
             if not (_same(_plain(name, value), _plain(name, own)) or (same_name and Path(value).name == Path(own).name)):
-                option = "-params/--hyperparams" if name in given else "-conf/--conf-file"
+                option = "-params/--hyperparams" if name in given or "preset" in given else "-conf/--conf-file"
                 found.append(f"{option}: the run has {name}:{own!r}, given {name}:{value!r}")
         return found
 
@@ -243,14 +244,13 @@ class Run:
         return ZOO_DEFAULTS.get(name, default)
 
     def _read_conf_file(self, conf_file: str, given: dict[str, Any]) -> dict[str, Any]:
-        """As for a new run, with those of a trial, of the command line of the run and of that of now on top."""
+        """As for a new run, with those of a trial and of the command line on top."""
         options: dict[str, Any] = {name: self.args.get(name) for name in ("storage", "study_name", "trial_id", "env_kwargs")}
         # Which imports this module
         from sb3_flow.zoo.experiment import FlowExperimentManager
 
-        own = expand_preset(self.algo, self.args["hyperparams"] or {}, lambda _: str(self.folder))
         reader = FlowExperimentManager(
-            argparse.Namespace(), self.algo, self.env, str(self.folder), config=conf_file, hyperparams=own | given, **options
+            argparse.Namespace(), self.algo, self.env, str(self.folder), config=conf_file, hyperparams=given, **options
         )
         with contextlib.redirect_stdout(None):
             hyperparams = dict(reader.read_hyperparameters()[0])
