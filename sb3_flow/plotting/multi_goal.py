@@ -89,7 +89,7 @@ def plot_multi_goal(models: Mapping[str, BaseAlgorithm], path: str | Path, n_goa
     from matplotlib import colormaps
     from matplotlib.patches import Circle
 
-    colors = [*colormaps["twilight"](np.arange(n_goals) / n_goals + 0.06), GREY]
+    colors = [*colormaps["tab10"](np.arange(n_goals) % 10), GREY]
     for axes, (name, model) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         episodes = run_episodes(model, n_goals, n_episodes)
         for episode in episodes:
