@@ -10,10 +10,13 @@ import torch as th
 from stable_baselines3 import PPO
 
 from sb3_flow import FPO, FQL
-from sb3_flow.envs.gridworld import DEATH, GOAL, LAYOUTS, make_layout
+from sb3_flow.envs.gridworld import CENTER, DEATH, GOAL, LAYOUTS, SIZE, make_layout
 from sb3_flow.fpo.policies import SQUASH_TYPES
+from sb3_flow.plotting import entropy
 from sb3_flow.plotting.flow import N_TIMES, STEPS_PER_FRAME, flow_paths, plot_flow
-from sb3_flow.plotting.gridworld import SADDLES, goal_regions, multimodality, plot_gridworld, run_episodes
+from sb3_flow.plotting.gridworld import SADDLES, goal_regions, multimodality, plot_gridworld, run_episodes, saddle_line
+from sb3_flow.plotting.multi_goal import Episode, goal_statistics, plot_multi_goal
+from sb3_flow.plotting.multi_goal import run_episodes as run_goal_episodes
 
 pytest.importorskip("matplotlib", reason='needs pip install "sb3-flow[plots]"')
 Image = pytest.importorskip("PIL.Image")
@@ -142,6 +145,52 @@ def test_multimodality():
     assert both["goal_entropy"] == pytest.approx(1, abs=0.02)
     # Of three goals it may only reach two
     assert multimodality(gaussian([-1.0, 0.0], 0.01, "three_goals"), "three_goals", 50)["low"] == 1
+
+
+def test_saddle_line():
+    model = gaussian([0.0, -1.0], 0.01)
+    assert np.array_equal(saddle_line(model, n_samples=10), [[1.0, 0.0]] * SIZE)
+    # Upwards on the right, downwards on the left, whatever the row
+    with th.no_grad():
+        model.policy.mlp_extractor.policy_net = th.nn.Identity()
+        model.policy.action_net = th.nn.Linear(2, 2)
+        model.policy.action_net.weight.copy_(th.tensor([[0.0, 0.0], [100.0, 0.0]]))
+        model.policy.action_net.bias.zero_()
+    low, high = saddle_line(model, n_samples=10).T
+    assert np.array_equal(low, [1] * CENTER + [0] * (CENTER + 1)) and np.array_equal(high, [0] * (CENTER + 1) + [1] * CENTER)
+    # Not in the goal, 5 cells wide, nor in the wall
+    assert saddle_line(gaussian([1.0, 0.0], 0.01, "c_shape"), "c_shape", 10).shape == (SIZE - 6, 2)
+
+
+def test_entropy():
+    assert entropy(np.array([3, 0])) == 0 and entropy(np.array([0.2, 0.2])) == 1 and entropy(np.zeros(4)) == 0
+    assert entropy(np.array([1, 1, 2])) == 1.5
+
+
+def test_multi_goal(tmp_path):
+    """A policy that goes straight to the right, and one that stays."""
+    models = {}
+    for name, x in {"right": 1.0, "stays": 0.0}.items():
+        models[name] = PPO("MlpPolicy", "sb3_flow/MultiGoal-v0", device="cpu", seed=0)
+        with th.no_grad():
+            models[name].policy.action_net.weight.zero_()
+            models[name].policy.action_net.bias.copy_(th.tensor([x, 0.0]))
+            models[name].policy.log_std.fill_(-20)
+    episodes = run_goal_episodes(models["right"], n_episodes=10)
+    assert all(episode.goal == 0 and 4 <= len(episode.positions) - 1 <= 5 for episode in episodes)
+    assert np.allclose(episodes[0].positions[1] - episodes[0].positions[0], [1, 0])
+    statistics = goal_statistics(episodes)
+    assert statistics["shares"] == [1, 0, 0, 0] and statistics["n_goals_kept"] == 1 and statistics["entropy"] == 0
+    assert statistics["mean_return"] == pytest.approx(statistics["best_goal_return"]) and 8 < statistics["mean_return"] < 9
+    stays = run_goal_episodes(models["stays"], n_goals=8, n_episodes=3)
+    assert [len(episode.positions) for episode in stays] == [31] * 3 and stays[0].episode_return == pytest.approx(-29, abs=3)
+    assert goal_statistics(stays, 8)["best_goal_return"] is None and goal_statistics(stays, 8)["n_goals_kept"] == 0
+    # Half of an equal share is enough, of all episodes
+    ends = [Episode(np.zeros((2, 2)), float(goal), goal) for goal in [0] * 6 + [1] + [-1]]
+    assert goal_statistics(ends)["n_goals_kept"] == 2 and goal_statistics(ends)["shares"] == [0.75, 0.125, 0, 0]
+    assert goal_statistics(ends)["best_goal_return"] == 1 and goal_statistics(ends)["mean_return"] == 0
+    with Image.open(plot_multi_goal(models, tmp_path / "goals", n_episodes=5)) as image:
+        assert image.size == (816, 432) and np.asarray(image).std() > 20
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

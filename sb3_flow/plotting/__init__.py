@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 #: Colors that remain distinct without color vision (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9A9A9A"
 
@@ -19,3 +21,14 @@ def new_figure(**kwargs) -> Any:
     except ImportError as error:
         raise ImportError('matplotlib is not installed, it comes with: pip install "sb3-flow[plots]"') from error
     return Figure(layout="constrained", **{"dpi": 120, **kwargs})
+
+
+def entropy(shares: np.ndarray) -> float:
+    """
+    How evenly something is spread.
+
+    :param shares: Shares, or numbers, of each kind
+    :return: entropy in bits: zero for a single kind, one for two as many
+    """
+    shares = shares[shares > 0] / max(shares.sum(), 1e-12)
+    return float(-(shares * np.log2(shares)).sum()) + 0.0

@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_flow.envs.gridworld import CELL_COLORS, FREE, GOAL, SIZE, GridWorldEnv, make_layout, to_observation
-from sb3_flow.plotting import BLUE, GREY, ORANGE, new_figure
+from sb3_flow.plotting import BLUE, GREY, ORANGE, entropy, new_figure
 from sb3_flow.plotting.flow import flow_paths, plot_flow
 
 #: A cell of each layout from which there are two equally good ways, and the axis along which they part (0: x, 1: y)
@@ -107,14 +107,34 @@ def multimodality(
     moves = np.rint(np.clip(raw_actions(model, normalize(to_observation(starts)))[:, axis], -1, 1))
     ends = np.array([positions[-1] for positions in run_episodes(model, starts, layout, normalize=normalize)])
     reached = goal_regions(layout)[ends[:, 1], ends[:, 0]]
-    shares = np.bincount(reached[reached > 0]) / max((reached > 0).sum(), 1)
-    shares = shares[shares > 0]
     return dict(
         low=float((moves < 0).mean()),
         high=float((moves > 0).mean()),
         stay=float((moves == 0).mean()),
-        goal_entropy=float(-(shares * np.log2(shares)).sum()) + 0.0,
+        goal_entropy=entropy(np.bincount(reached[reached > 0])),
     )
+
+
+def saddle_line(
+    model: BaseAlgorithm, layout: str = "two_walls", n_samples: int = 1000, normalize: Normalize = np.asarray
+) -> np.ndarray:
+    """
+    Shares of the action samples that move to either side, in the cells across the axis on which the ways part: in "two_walls"
+    the row between the goals, all of whose cells are as far from both.
+
+    :param model: A trained model
+    :param layout: Layout of the world
+    :param n_samples: Number of actions in each cell
+    :param normalize: What the model's observations went through
+    :return: shares of the moves of -1 and +1 along the axis, in each free cell, (n_cells, 2)
+    """
+    saddle, axis = SADDLES[layout]
+    cells = np.tile(saddle, (SIZE, 1))
+    cells[:, 1 - axis] = np.arange(SIZE)
+    cells = cells[make_layout(layout)[cells[:, 1], cells[:, 0]] == FREE]
+    actions = raw_actions(model, normalize(to_observation(cells)).repeat(n_samples, axis=0))[:, axis]
+    moves = np.rint(np.clip(actions, -1, 1)).reshape(len(cells), n_samples)
+    return np.stack([(moves < 0).mean(axis=1), (moves > 0).mean(axis=1)], axis=1)
 
 
 def plot_gridworld(

@@ -1,0 +1,201 @@
+"""
+Does a policy keep equally good actions? FPO, and SB3's PPO beside it: `python benchmarks/modes.py`
+
+Each run is one `sb3-flow train` in a process of its own with one thread, then episodes and action samples of the policy. It
+leaves a JSON file in benchmarks/results/modes; runs whose file is there with today's hyperparameters are not repeated, so
+that an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). The
+table is made of these files (`--table-only` does nothing else), `--figures` draws the policies of the first of the seeds.
+
+Tasks:
+  two-peaks                      shares of 10,000 samples of the action at either peak
+  multi-goal, multi-goal-8       shares of 200 sampled episodes that reach each goal
+  two_walls, three_goals, ...    layouts of GridWorld: episodes from each of its cells, from zero noise (PPO: of the mean
+                                 action) and sampled; in the saddle row of two_walls, 1000 samples of the action in each cell
+
+Algorithms:
+  fpo   hyperparams/fpo.yml
+  ppo   SB3's PPO with the environments, rollouts, minibatches, steps and discount of fpo.yml, its own number of epochs (10),
+        clip range (0.2) and networks (2×64), and a learning rate that is linear from 1e-3
+
+The seeds of the tuning were 1000 and more.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from runs import ROOT, Job, run_jobs, train_and_evaluate, write_result, write_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "modes"
+FIGURES = ROOT / "docs" / "_static"
+LAYOUTS = ("two_walls", "three_goals", "tree_in_the_middle", "two_slits", "c_shape")
+N_GOALS = {"multi-goal": 4, "multi-goal-8": 8}
+TASKS = {
+    "two-peaks": "sb3_flow/TwoPeaks-v0",
+    "multi-goal": "sb3_flow/MultiGoal-v0",
+    "multi-goal-8": "sb3_flow/MultiGoal-8-v0",
+    **{layout: f"sb3_flow/GridWorld-{layout}-v0" for layout in LAYOUTS},
+}
+ALGOS = ("fpo", "ppo")
+N_EVAL_EPISODES = 200
+
+
+def hyperparameters(algo: str, task: str) -> dict[str, Any]:
+    """The block of hyperparameters, in rl-zoo3's format."""
+    from sb3_flow.zoo import default_conf_file
+
+    block = yaml.safe_load(Path(default_conf_file("fpo")).read_text())[TASKS[task]]
+    if algo == "fpo":
+        return block
+    kept = ("n_envs", "n_timesteps", "policy", "n_steps", "batch_size", "gamma", "gae_lambda")
+    return {key: block[key] for key in kept if key in block} | {"learning_rate": "lin_1e-3"}
+
+
+def result_file(algo: str, task: str, seed: int) -> Path:
+    return RESULTS / f"{task}-{algo}-seed{seed}.json"
+
+
+def is_done(algo: str, task: str, seed: int) -> bool:
+    file = result_file(algo, task, seed)
+    return file.exists() and json.loads(file.read_text())["hyperparameters"] == hyperparameters(algo, task)
+
+
+def load(algo: str, task: str, seed: int, logs: Path) -> Any:
+    from sb3_flow.zoo import register
+    from sb3_flow.zoo.evaluate import load_run
+
+    register()
+    return load_run(algo, TASKS[task], str(logs / result_file(algo, task, seed).stem), seed=20_000 + seed)[0]
+
+
+def modes_of_two_peaks(model: Any) -> dict[str, Any]:
+    from sb3_flow.envs.two_peaks import PEAK, WIDTH, peaks
+
+    actions = model.predict(np.zeros((10_000, 1), dtype=np.float32), deterministic=False)[0][:, 0]
+    shares = [float((np.abs(actions - peak) < 2 * WIDTH).mean()) for peak in (-PEAK, PEAK)]
+    return dict(shares=shares, mean_return=float(peaks(actions).mean()))
+
+
+def modes_of_multi_goal(model: Any, n_goals: int) -> dict[str, Any]:
+    from sb3_flow.plotting.multi_goal import goal_statistics, run_episodes
+
+    return goal_statistics(run_episodes(model, n_goals, N_EVAL_EPISODES, seed=10_000), n_goals)
+
+
+def modes_of_gridworld(model: Any, layout: str) -> dict[str, Any]:
+    from sb3_flow.envs.gridworld import FREE, GOAL, make_layout
+    from sb3_flow.plotting.gridworld import multimodality, run_episodes, saddle_line
+
+    cells = make_layout(layout)
+    modes: dict[str, Any] = {}
+    for name, deterministic in (("deterministic", True), ("stochastic", False)):
+        episodes = run_episodes(model, np.argwhere(cells == FREE)[:, ::-1], layout, deterministic)
+        ends = np.array([positions[-1] for positions in episodes])
+        modes[f"{name}_success_rate"] = float((cells[ends[:, 1], ends[:, 0]] == GOAL).mean())
+        modes[f"{name}_mean_length"] = float(np.mean([len(positions) - 1 for positions in episodes]))
+    if layout == "two_walls":
+        modes |= dict(saddle_row=saddle_line(model).tolist(), saddle=multimodality(model))
+    return modes
+
+
+def run(algo: str, task: str, seed: int, logs: Path) -> None:
+    """One run, in this process."""
+    block = hyperparameters(algo, task)
+    file = result_file(algo, task, seed)
+    steps = int(float(block["n_timesteps"]))
+    result = train_and_evaluate(algo, TASKS[task], steps, seed, block, logs / file.stem, 20, ["--eval-freq", "-1"])
+    model = load(algo, task, seed, logs)
+    if task == "two-peaks":
+        modes = modes_of_two_peaks(model)
+    elif task in N_GOALS:
+        modes = modes_of_multi_goal(model, N_GOALS[task])
+    else:
+        modes = modes_of_gridworld(model, task)
+    command = f"python benchmarks/modes.py --tasks {task} --algos {algo} --seeds {seed}"
+    write_result(file, dict(algo=algo, task=task, **result, modes=modes, command=command))
+
+
+def describe(task: str, modes: dict[str, Any]) -> tuple[str, str]:
+    """Of one run: how evenly the modes are shared, and how good the policy is."""
+    if task == "two-peaks":
+        return f"{100 * min(modes['shares']):.0f}", f"{modes['mean_return']:.2f}"
+    if task in N_GOALS:
+        kept = f"{modes['n_goals_kept']} (min {100 * min(modes['shares']):.0f}, {modes['entropy']:.2f} bits)"
+        best = modes["best_goal_return"]
+        return kept, f"{modes['mean_return']:.2f}" + ("" if best is None else f" of {best:.2f}")
+    success = f"{100 * modes['deterministic_success_rate']:.1f} / {100 * modes['stochastic_success_rate']:.1f}"
+    if "saddle_row" not in modes:
+        return "", success
+    row = np.array(modes["saddle_row"])
+    # Of each cell, the smaller of the two shares
+    smaller = row.min(axis=1)
+    return f"{100 * (smaller >= 0.3).mean():.0f} (median {100 * np.median(smaller):.0f})", success
+
+
+def print_table() -> None:
+    """One row for each task and algorithm."""
+    rows = []
+    for task in TASKS:
+        for algo in ALGOS:
+            files = sorted(RESULTS.glob(f"{task}-{algo}-seed*.json"))
+            results = [json.loads(file.read_text()) for file in files]
+            cells = [describe(task, result["modes"]) for result in results]
+            if cells:
+                seeds = ", ".join(str(result["seed"]) for result in results)
+                rows.append([task, algo.upper(), seeds, *("; ".join(column) for column in zip(*cells, strict=True))])
+    write_table(RESULTS.with_suffix(".csv"), ["Task", "Algorithm", "Seeds", "Modes", "Return, or success in %"], rows)
+
+
+def draw(seed: int, logs: Path) -> None:
+    """The policies of one seed."""
+    import torch as th
+
+    from sb3_flow.plotting.gridworld import plot_gridworld
+    from sb3_flow.plotting.multi_goal import plot_multi_goal
+
+    def models(task: str) -> dict[str, Any]:
+        return {algo.upper(): load(algo, task, seed, logs) for algo in ALGOS if result_file(algo, task, seed).exists()}
+
+    th.manual_seed(0)
+    print(*plot_gridworld(models("two_walls"), FIGURES / "gridworld.png"), sep="\n")
+    for task, n_goals in N_GOALS.items():
+        print(plot_multi_goal(models(task), FIGURES / f"{task.replace('-', '_')}.png", n_goals))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=ALGOS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--logs", type=Path, default=Path("logs/modes"))
+    parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--figures", action="store_true")
+    parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run_one:
+        run(args.algos[0], args.tasks[0], args.seeds[0], args.logs)
+        return
+    if not args.table_only:
+        jobs = [
+            Job(
+                result_file(algo, task, seed).stem,
+                [__file__, "--run-one", "--tasks", task, "--algos", algo, "--seeds", str(seed), "--logs", str(args.logs)],
+            )
+            for seed in args.seeds
+            for task in args.tasks
+            for algo in args.algos
+            if not is_done(algo, task, seed)
+        ]
+        print(f"{len(jobs)} runs to do", flush=True)
+        run_jobs(jobs, args.jobs, args.logs)
+    print_table()
+    if args.figures:
+        draw(args.seeds[0], args.logs)
+
+
+if __name__ == "__main__":
+    main()
