@@ -135,9 +135,19 @@ def print_table() -> None:
         ratios.append(ratio)
         sampled_ratios.append(sampled_ratio)
         cells = [describe(returns[algo, mode]) for mode in ("deterministic", "stochastic") for algo in ALGOS]
-        rows.append([task, f"{random:.0f}", *cells[:2], f"{ratio:.2f}", *cells[2:], f"{sampled_ratio:.2f}"])
-    rows.append(["Mean", "", "", "", f"{np.mean(ratios):.2f}", "", "", f"{np.mean(sampled_ratios):.2f}"])
-    header = ["Task", "Random", "FPO", "PPO", "Ratio", "FPO, sampled", "PPO, sampled", "Ratio, sampled"]
+        rows.append(
+            [
+                task,
+                ", ".join(map(str, sorted(seeds))),
+                f"{random:.0f}",
+                *cells[:2],
+                f"{ratio:.2f}",
+                *cells[2:],
+                f"{sampled_ratio:.2f}",
+            ]
+        )
+    rows.append(["Mean", "", "", "", "", f"{np.mean(ratios):.2f}", "", "", f"{np.mean(sampled_ratios):.2f}"])
+    header = ["Task", "Seeds", "Random", "FPO", "PPO", "Ratio", "FPO, sampled", "PPO, sampled", "Ratio, sampled"]
     write_table(RESULTS.with_suffix(".csv"), header, rows)
 
 
