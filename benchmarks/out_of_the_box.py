@@ -114,39 +114,26 @@ def print_table() -> None:
     def describe(returns: np.ndarray) -> str:
         return f"{returns.mean():.0f} ± {returns.std():.0f}"
 
-    rows, ratios, sampled_ratios = [], [], []
+    rows, ratios = [], []
     for task in TASKS:
-        runs: dict[str, list[dict[str, Any]]] = {
-            algo: [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{task}-{algo}-seed*.json"))]
-            for algo in ALGOS
-        }
-        if not all(runs.values()):
+        runs: dict[str, dict[int, dict[str, Any]]] = {algo: {} for algo in ALGOS}
+        for algo, of_algo in runs.items():
+            for file in RESULTS.glob(f"{task}-{algo}-seed*.json"):
+                run = json.loads(file.read_text())
+                of_algo[run["seed"]] = run
+        seeds = sorted(runs["fpo"].keys() & runs["ppo"].keys())
+        if not seeds:
             continue
         random = float(np.mean(random_returns(task)))
-        returns = {
-            (algo, mode): np.array([np.mean(run[mode]) for run in runs[algo]])
-            for algo in ALGOS
-            for mode in ("deterministic", "stochastic")
-        }
-        ratio, sampled_ratio = (
-            (returns["fpo", mode].mean() - random) / (returns["ppo", mode].mean() - random)
-            for mode in ("deterministic", "stochastic")
-        )
-        ratios.append(ratio)
-        sampled_ratios.append(sampled_ratio)
-        cells = [describe(returns[algo, mode]) for mode in ("deterministic", "stochastic") for algo in ALGOS]
-        rows.append(
-            [
-                task,
-                ", ".join(map(str, sorted(seeds))),
-                f"{random:.0f}",
-                *cells[:2],
-                f"{ratio:.2f}",
-                *cells[2:],
-                f"{sampled_ratio:.2f}",
-            ]
-        )
-    rows.append(["Mean", "", "", "", "", f"{np.mean(ratios):.2f}", "", "", f"{np.mean(sampled_ratios):.2f}"])
+        cells, of_task = [], []
+        for mode in ("deterministic", "stochastic"):
+            fpo, ppo = (np.array([np.mean(runs[algo][seed][mode]) for seed in seeds]) for algo in ALGOS)
+            of_task.append((fpo.mean() - random) / (ppo.mean() - random))
+            cells += [describe(fpo), describe(ppo), f"{of_task[-1]:.2f}"]
+        ratios.append(of_task)
+        rows.append([task, ", ".join(map(str, seeds)), f"{random:.0f}", *cells])
+    means = [f"{mean:.2f}" for mean in np.mean(ratios, axis=0)]
+    rows.append(["Mean", "", "", "", "", means[0], "", "", means[1]])
     header = ["Task", "Seeds", "Random", "FPO", "PPO", "Ratio", "FPO, sampled", "PPO, sampled", "Ratio, sampled"]
     write_table(RESULTS.with_suffix(".csv"), header, rows)
 
