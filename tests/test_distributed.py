@@ -344,7 +344,7 @@ def test_learning(ranks):
         mean, var, count = results["statistics"][0]
         assert count == pytest.approx(len(observations) + 1e-4) and len(observations) == 512 + 4
         np.testing.assert_allclose(mean, observations.mean(axis=0), atol=1e-6)
-        np.testing.assert_allclose(var, observations.var(axis=0), atol=1e-6)
+        np.testing.assert_allclose(var, observations.var(axis=0), rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(results["statistics"][1], first["statistics"][1])
 
 

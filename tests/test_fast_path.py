@@ -531,8 +531,10 @@ def test_copies_have_memory_of_their_own():
 
 
 def make_policy(policy_class=MlpPolicy, obs_dim=OBS_DIM, **kwargs):
-    # (what is compared draws no noise)
-    kwargs = dict(net_arch=dict(pi=[6], vf=[6, 6]), n_flow_steps=3, action_perturbation_std=0.0) | kwargs
+    kwargs = dict(net_arch=dict(pi=[6], vf=[6, 6]), n_flow_steps=3) | kwargs
+    if issubclass(policy_class, MlpPolicy):
+        # (what is compared draws no noise)
+        kwargs = dict(action_perturbation_std=0.0) | kwargs
     policy = policy_class(spaces.Box(-1, 1, (obs_dim,)), spaces.Box(-1, 1, (ACTION_DIM,)), lambda _: 1e-3, **kwargs)
     policy.set_training_mode(False)
     return policy
