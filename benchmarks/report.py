@@ -252,7 +252,7 @@ def main() -> None:
             "suite were found with seeds from 1000 on (``benchmarks/results/tuning``): on four of the ten tasks with 250,000",
             "steps (``benchmarks/tune.py``), where PPO's were the best of 12 trials and FPO's the best of 8, and then by",
             f"hand, with single runs of up to 1,000,000 steps: {tuned_by_hand(DMC)}, finished ones. What",
-            "FPO and PPO have in common has the same values, but for ``vf_coef`` (0.25 and 0.5, their defaults), and for",
+            "FPO and PPO have in common has the same values, but for ``vf_coef`` (0.25 and 0.5), and for",
             "``ent_coef``, which acted at about twice its value in FPO (0.01, and 0.03 on cartpole-balance; PPO 0.01). On",
             "MuJoCo FPO differs from that in the width of exploration, the entropy coefficient and the discount, chosen with",
             f"seed 1000: {tuned_by_hand(MUJOCO)}.",

@@ -64,6 +64,29 @@ def test_values_stay_when_their_normalization_changes(offset, scale):
     assert abs(normalized.mean()) < 0.2 and 0.8 < normalized.std() < 1.2
 
 
+@pytest.mark.parametrize("value", [1e20, 1e30])
+def test_overflow_is_an_error(value):
+    """The variance of what is too large is inf, or NaN: nothing is changed."""
+    for x in (th.tensor([[0.0], [value]]), th.full((2, 1), 100 * value)):
+        statistics = RunningStatistics(1)
+        with pytest.raises(ValueError, match="too large to be normalized"):
+            statistics.update(x)
+        assert (statistics.count, statistics.mean, statistics.var) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("layer", [nn.Sequential(nn.Linear(256, 1)), nn.Linear(256, 1, bias=False)])
+def test_last_layer_must_be_linear(layer):
+    """... for the values to be rescaled. Without the normalization it may be any other."""
+    kwargs = dict(n_steps=16, batch_size=16, n_epochs=1)
+    model = FPO("MlpPolicy", "Pendulum-v1", **kwargs)
+    model.policy.value_net = layer
+    with pytest.raises(ValueError, match=r"`normalize_values` must be False: .* it is (Sequential|Linear)"):
+        model.learn(16)
+    model = FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(normalize_values=False), **kwargs)
+    model.policy.value_net = layer
+    model.learn(16)
+
+
 def test_what_is_normalized():
     """Vectors are, images and what is one-hot are not."""
     image = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -139,6 +162,19 @@ def test_statistics_change_between_rollouts(monkeypatch):
     assert all(th.equal(means[4 * i], mean) for i in range(3) for mean in means[4 * i : 4 * i + 4])
     assert th.allclose(statistics.mean, th.cat(seen).mean(0), atol=1e-5)
     assert th.allclose(statistics.var, th.cat(seen).var(0, correction=0), atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_moving_average_has_the_statistics_of_the_actor(share):
+    """Averages of them would take as long as those of the weights to forget zero and one, far from these observations."""
+    model = FPO("MlpPolicy", Shifted(1e3), n_steps=64, batch_size=32, n_epochs=1, ema_decay=0.99, ema_start=0, seed=0,
+                policy_kwargs=dict(share_features_extractor=share)).learn(192)  # fmt: skip
+    policy = model.policy
+    actor = policy.features_extractor if share else policy.pi_features_extractor
+    statistics, averages = actor.state_dict(), policy.ema.module[0].state_dict()
+    assert statistics and all(th.equal(averages[name], value) for name, value in statistics.items())
+    # That of the weights is one
+    assert not th.equal(policy.ema.module[1].input_layer.weight, policy.action_net.input_layer.weight)
 
 
 def test_own_extractor_is_left_alone():

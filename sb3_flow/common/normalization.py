@@ -47,14 +47,18 @@ class RunningStatistics(nn.Module):
         Take in what was seen, in all processes (Chan et al., 1983).
 
         :param x: (batch, n_features), of as many in each process
+        :raises ValueError: if it is too large for a finite variance, before anything has changed
         """
         n_seen = len(x) * distributed.world_size()
-        self.count += n_seen
-        weight = n_seen / self.count if self.last_weight is None else self.last_weight
+        weight = n_seen / (self.count + n_seen) if self.last_weight is None else self.last_weight
         mean = distributed.mean(x.mean(0))
         var = distributed.mean((x - mean).square().mean(0))
         shift = mean - self.mean
-        self.var.lerp_(var + (1 - weight) * shift.square(), weight)
+        var = self.var.lerp(var + (1 - weight) * shift.square(), weight)
+        if not th.isfinite(var).all():
+            raise ValueError("Observations or returns are too large to be normalized: their variance is not finite")
+        self.count += n_seen
+        self.var.copy_(var)
         self.mean += weight * shift
 
 
@@ -155,7 +159,13 @@ class ValueNormalization(nn.Module):
         """
         :param returns: Those of a rollout, (batch,), of as many in each process
         :param last_layer: Of the value network
+        :raises ValueError: if it is none whose outputs can be rescaled, or the returns are too large
         """
+        if not isinstance(last_layer, nn.Linear) or last_layer.bias is None:
+            raise ValueError(
+                "`normalize_values` must be False: the last layer of the value network, which it rescales, must be an "
+                f"nn.Linear with a bias, it is {last_layer}"
+            )
         mean, std = self.returns.mean.clone(), self.std
         self.returns.update(returns.unsqueeze(1))
         last_layer.weight *= std / self.std

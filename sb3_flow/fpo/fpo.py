@@ -407,11 +407,11 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         epochs = self._run_epochs(rollout, old, clip_ranges)
 
-        # What follows once per iteration: the moving average of the actor, and the statistics of the observations
+        # What follows once per iteration: the statistics of the observations, and the moving average of the actor
+        self.policy.update_normalization(rollout.observations)
         if self.policy.ema is not None:
             self.policy.update_ema(restart=self._n_iterations < self.ema_start)
         self._n_iterations += 1
-        self.policy.update_normalization(rollout.observations)
 
         # Logs
         for name, value in self._statistics(epochs, rollout).items():

@@ -36,7 +36,12 @@ from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
 from sb3_flow.common.likelihood import log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
-from sb3_flow.common.normalization import NormalizedCombinedExtractor, NormalizedFlattenExtractor, ValueNormalization
+from sb3_flow.common.normalization import (
+    NormalizedCombinedExtractor,
+    NormalizedFlattenExtractor,
+    RunningStatistics,
+    ValueNormalization,
+)
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import VelocityField, check_sampler
 
@@ -310,7 +315,7 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def update_ema(self, restart: bool = False) -> None:
         """
-        Update the moving average, after an iteration.
+        Update the moving average, after an iteration. Its statistics of observations are those of the actor.
 
         :param restart: Forget the past: make the average equal to the actor
         :raises ValueError: if networks of the actor were replaced or changed since there is an average
@@ -319,7 +324,12 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         self._check_average()
         if restart:
             self.ema.n_averaged.zero_()
-        self.ema.update_parameters(self._actor())
+        actor = self._actor()
+        self.ema.update_parameters(actor)
+        # Averages of them would be off for as long as the first ones, zero and one, have a weight
+        for average, module in zip(self.ema.module.modules(), actor.modules(), strict=True):
+            if isinstance(average, RunningStatistics):
+                average.load_state_dict(module.state_dict())
 
     def _check_average(self) -> None:
         if _structure(self._actor()) != self._averaged:
@@ -718,7 +728,7 @@ class FlowCnnPolicy(FlowPolicy):
 class FlowMultiInputPolicy(FlowPolicy):
     """
     Flow policy for ``Dict`` observations: :class:`FlowPolicy` (where the parameters are described)
-    with a ``CombinedExtractor`` as the default features extractor.
+    with a ``NormalizedCombinedExtractor`` as the default features extractor.
     """
 
     def __init__(
