@@ -8,7 +8,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3.common.envs import FakeImageEnv
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from torch import nn
 
 from sb3_flow import FPO
@@ -183,6 +183,20 @@ def test_own_extractor_is_left_alone():
     assert model.policy.state_dict().keys() == dict(model.policy.named_parameters(remove_duplicate=False)).keys()
     obs = th.randn(2, 3)
     assert th.equal(model.policy.extract_features(obs), obs)
+
+
+class WithinAnother(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 3)
+        self.inner = NormalizedFlattenExtractor(observation_space)
+
+    def forward(self, observations):
+        return self.inner(observations)
+
+
+def test_statistics_that_would_not_be_updated():
+    with pytest.raises(ValueError, match=r"features_extractor_class.* within WithinAnother would never be updated"):
+        FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(features_extractor_class=WithinAnother))
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -39,6 +39,7 @@ from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.normalization import (
     NormalizedCombinedExtractor,
     NormalizedFlattenExtractor,
+    RunningNormalization,
     RunningStatistics,
     ValueNormalization,
 )
@@ -52,6 +53,10 @@ DEFAULT_NET_ARCH: dict[str, list[int]] = dict(pi=[64, 64], vf=[256, 256])
 #: How far from the middle actions may be without a loss (``bounds_loss_coef``), in units of half the distance of the bounds,
 #: before they are squashed or clipped.
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
+
+
+#: Features extractors with statistics
+NORMALIZED = (NormalizedFlattenExtractor, NormalizedCombinedExtractor)
 
 
 class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
@@ -204,6 +209,12 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :param lr_schedule: Learning rate schedule
             lr_schedule(1) is the initial learning rate
         """
+        for extractor in self._features_extractors():
+            if not isinstance(extractor, NORMALIZED) and any(isinstance(x, RunningNormalization) for x in extractor.modules()):
+                raise ValueError(
+                    f"`features_extractor_class`: the statistics within {type(extractor).__name__} would never be updated: "
+                    f"derive it from {NORMALIZED[0].__name__} or {NORMALIZED[1].__name__}"
+                )
         self._build_mlp_extractor()
         net_arch = self.net_arch
         self.action_net = FlowNetwork(
@@ -375,13 +386,15 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
         :param obs: Observation
         """
-        extractors = [self.features_extractor]
-        if not self.share_features_extractor:
-            extractors = [self.pi_features_extractor, self.vf_features_extractor]
         preprocessed: Any = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
-        for extractor in extractors:
-            if isinstance(extractor, (NormalizedFlattenExtractor, NormalizedCombinedExtractor)):
+        for extractor in self._features_extractors():
+            if isinstance(extractor, NORMALIZED):
                 extractor.update(preprocessed)
+
+    def _features_extractors(self) -> list[BaseFeaturesExtractor]:
+        if self.share_features_extractor:
+            return [self.features_extractor]
+        return [self.pi_features_extractor, self.vf_features_extractor]
 
     def _value_mlp(self, dtype: th.dtype) -> PlainMLP | None:
         """The value network as an MLP, None unless it is a plain one of the features."""
