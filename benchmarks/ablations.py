@@ -11,13 +11,12 @@ The table has the interquartile mean of the returns over tasks and seeds, in uni
 stratified bootstrap intervals. The seeds are not those of other results (0 to 4).
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import ROOT, Job, run_jobs, train_and_evaluate, write_result, write_table
+from runs import ROOT, class_defaults, do_runs, train_and_evaluate, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablations"
 #: Steps, and what belongs to the task whatever the variant
@@ -59,14 +58,27 @@ def result_file(variant: str, task: str, seed: int) -> Path:
     return RESULTS / f"{task.split('/')[-1]}-{variant.replace(' ', '_')}-seed{seed}.json"
 
 
+def is_done(variant: str, task: str, seed: int) -> bool:
+    """Whether there is a result, of today's hyperparameters and defaults."""
+    from sb3_flow import FPO
+
+    file = result_file(variant, task, seed)
+    if not file.exists():
+        return False
+    result = json.loads(file.read_text())
+    return result["hyperparameters"] == hyperparameters(variant, task) and result["defaults"] == class_defaults(FPO)
+
+
 def run(variant: str, task: str, seed: int, logs: Path) -> None:
     """One run, in this process."""
+    from sb3_flow import FPO
+
     file, steps = result_file(variant, task, seed), TASKS[task][0]
     arguments = ["--eval-freq", "-1", *(["--vec-env", "envpool"] if task.startswith("dm_control/") else [])]
     block = hyperparameters(variant, task)
     result = train_and_evaluate("fpo", task, steps, seed, block, logs / file.stem, train_arguments=arguments)
     command = f'python benchmarks/ablations.py --variants "{variant}" --tasks {task} --seeds {seed}'
-    write_result(file, dict(variant=variant, **result, command=command))
+    write_result(file, dict(variant=variant, **result, defaults=class_defaults(FPO), command=command))
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
@@ -96,7 +108,7 @@ def print_table(seeds: list[int]) -> None:
 
     def load(variant: str, mode: str) -> np.ndarray | None:
         files = [[result_file(variant, task, seed) for seed in seeds] for task in TASKS]
-        if not all(file.exists() for row in files for file in row):
+        if not all(is_done(variant, task, seed) for task in TASKS for seed in seeds):
             return None
         return np.array([[json.loads(file.read_text())[mode]["mean_return"] for file in row] for row in files])
 
@@ -117,42 +129,7 @@ def print_table(seeds: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="ENV")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--logs", type=Path, default=Path("logs/ablations"))
-    parser.add_argument("--table-only", action="store_true")
-    parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.run_one:
-        run(args.variants[0], args.tasks[0], args.seeds[0], args.logs)
-        return
-    if not args.table_only:
-        jobs = [
-            Job(
-                result_file(variant, task, seed).stem,
-                [
-                    __file__,
-                    "--run-one",
-                    "--variants",
-                    variant,
-                    "--tasks",
-                    task,
-                    "--seeds",
-                    str(seed),
-                    "--logs",
-                    str(args.logs),
-                ],
-            )
-            for seed in args.seeds
-            for variant in args.variants
-            for task in args.tasks
-            if not result_file(variant, task, seed).exists()
-        ]
-        print(f"{len(jobs)} runs to do", flush=True)
-        run_jobs(jobs, args.jobs, args.logs)
+    args = do_runs(__file__, __doc__, ("variants", VARIANTS), TASKS, SEEDS, run, result_file, is_done)
     print_table(args.seeds)
 
 

@@ -20,14 +20,13 @@ Algorithms:
 The seeds of the tuning were 1000 and more.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from runs import ROOT, Job, run_jobs, train_and_evaluate, write_result, write_table
+from runs import ROOT, do_runs, train_and_evaluate, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "modes"
 FIGURES = ROOT / "docs" / "_static"
@@ -166,32 +165,7 @@ def draw(seed: int, logs: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=ALGOS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--logs", type=Path, default=Path("logs/modes"))
-    parser.add_argument("--table-only", action="store_true")
-    parser.add_argument("--figures", action="store_true")
-    parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.run_one:
-        run(args.algos[0], args.tasks[0], args.seeds[0], args.logs)
-        return
-    if not args.table_only:
-        jobs = [
-            Job(
-                result_file(algo, task, seed).stem,
-                [__file__, "--run-one", "--tasks", task, "--algos", algo, "--seeds", str(seed), "--logs", str(args.logs)],
-            )
-            for seed in args.seeds
-            for task in args.tasks
-            for algo in args.algos
-            if not is_done(algo, task, seed)
-        ]
-        print(f"{len(jobs)} runs to do", flush=True)
-        run_jobs(jobs, args.jobs, args.logs)
+    args = do_runs(__file__, __doc__, ("algos", ALGOS), TASKS, (0, 1, 2, 3, 4), run, result_file, is_done, flags=["--figures"])
     print_table()
     if args.figures:
         draw(args.seeds[0], args.logs)

@@ -9,14 +9,12 @@ stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). Those of 
 The scores of random actions, from which the ratios of the table are measured, are of 100 episodes.
 """
 
-import argparse
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import N_EVAL_EPISODES, ROOT, Job, provenance, run_jobs, write_result, write_table
+from runs import N_EVAL_EPISODES, ROOT, class_defaults, do_runs, provenance, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "out_of_the_box"
 TASKS = ("Pendulum-v1", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "LunarLanderContinuous-v3", "Swimmer-v5")
@@ -26,20 +24,12 @@ N_RANDOM_EPISODES = 100
 BIN = 10_000
 
 
-def algorithm(algo: str) -> type:
+def algorithm(algo: str) -> Any:
     from stable_baselines3 import PPO
 
     from sb3_flow import FPO
 
     return {"fpo": FPO, "ppo": PPO}[algo]
-
-
-def defaults(algo: str) -> dict[str, str]:
-    """What the class and its policy take where nothing is given."""
-    cls = algorithm(algo)
-    classes = (cls, cls.policy_aliases["MlpPolicy"])  # type: ignore[attr-defined]
-    parameters = [parameter for part in classes for parameter in inspect.signature(part).parameters.values()]
-    return {parameter.name: str(parameter.default) for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def result_file(algo: str, task: str, seed: int) -> Path:
@@ -48,10 +38,10 @@ def result_file(algo: str, task: str, seed: int) -> Path:
 
 def is_done(algo: str, task: str, seed: int) -> bool:
     file = result_file(algo, task, seed)
-    return file.exists() and json.loads(file.read_text())["defaults"] == defaults(algo)
+    return file.exists() and json.loads(file.read_text())["defaults"] == class_defaults(algorithm(algo))
 
 
-def run(algo: str, task: str, seed: int) -> None:
+def run(algo: str, task: str, seed: int, logs: Path) -> None:
     """One run, in this process."""
     import torch as th
     from stable_baselines3.common.env_util import make_vec_env
@@ -81,7 +71,7 @@ def run(algo: str, task: str, seed: int) -> None:
         seed=seed,
         **returns,
         training_curve=[[int(i * BIN + BIN // 2), float(episode_returns[bins == i].mean())] for i in np.unique(bins)],
-        defaults=defaults(algo),
+        defaults=class_defaults(algorithm(algo)),
         command=f"python benchmarks/out_of_the_box.py --tasks {task} --algos {algo} --seeds {seed}",
         **source,
     )
@@ -120,7 +110,8 @@ def print_table() -> None:
         for algo, of_algo in runs.items():
             for file in RESULTS.glob(f"{task}-{algo}-seed*.json"):
                 run = json.loads(file.read_text())
-                of_algo[run["seed"]] = run
+                if is_done(algo, task, run["seed"]):
+                    of_algo[run["seed"]] = run
         seeds = sorted(runs["fpo"].keys() & runs["ppo"].keys())
         if not seeds:
             continue
@@ -132,6 +123,8 @@ def print_table() -> None:
             cells += [describe(fpo), describe(ppo), f"{of_task[-1]:.2f}"]
         ratios.append(of_task)
         rows.append([task, ", ".join(map(str, seeds)), f"{random:.0f}", *cells])
+    if not rows:
+        return
     means = [f"{mean:.2f}" for mean in np.mean(ratios, axis=0)]
     rows.append(["Mean", "", "", "", "", means[0], "", "", means[1]])
     header = ["Task", "Seeds", "Random", "FPO", "PPO", "Ratio", "FPO, sampled", "PPO, sampled", "Ratio, sampled"]
@@ -139,31 +132,7 @@ def print_table() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="ENV")
-    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=ALGOS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--logs", type=Path, default=Path("logs/out_of_the_box"))
-    parser.add_argument("--table-only", action="store_true")
-    parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.run_one:
-        run(args.algos[0], args.tasks[0], args.seeds[0])
-        return
-    if not args.table_only:
-        jobs = [
-            Job(
-                result_file(algo, task, seed).stem,
-                [__file__, "--run-one", "--tasks", task, "--algos", algo, "--seeds", str(seed)],
-            )
-            for seed in args.seeds
-            for task in args.tasks
-            for algo in args.algos
-            if not is_done(algo, task, seed)
-        ]
-        print(f"{len(jobs)} runs to do", flush=True)
-        run_jobs(jobs, args.jobs, args.logs)
+    do_runs(__file__, __doc__, ("algos", ALGOS), TASKS, (0, 1, 2), run, result_file, is_done)
     print_table()
 
 

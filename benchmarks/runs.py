@@ -1,13 +1,15 @@
 """Runs of the learning benchmarks: each is one `sb3-flow train` in a process of its own, then its evaluation."""
 
+import argparse
 import csv
 import inspect
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +57,69 @@ def run_jobs(jobs: Iterable[Job], n_jobs: int, logs: Path) -> None:
         done = list(pool.map(run, jobs))
     if not all(done):
         raise RuntimeError(f"{done.count(False)} of {len(done)} runs failed")
+
+
+def do_runs(
+    script: str,
+    doc: str | None,
+    methods: tuple[str, Iterable[str]],
+    tasks: Iterable[str],
+    seeds: Sequence[int],
+    run: Callable[[str, str, int, Path], None],
+    result_file: Callable[[str, str, int], Path],
+    is_done: Callable[[str, str, int], bool],
+    flags: Iterable[str] = (),
+) -> argparse.Namespace:
+    """
+    The command line of a benchmark whose runs have a method, a task and a seed: do those that are not done.
+
+    :param script: The script, which does a single run in each of its processes
+    :param doc: What it says of itself
+    :param methods: Name of the option for the methods, and their names
+    :param tasks: Names of the tasks
+    :param seeds: Those that are run if none are named
+    :param run: Does a run, of a method, a task and a seed, in this process, with a folder for logs
+    :param result_file: Where the result of a run is
+    :param is_done: Whether it is there, and that of today
+    :param flags: Names of further options, without a value
+    :return: what was asked for
+    """
+    option, names = methods
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{option}", nargs="+", dest="methods", choices=list(names), default=list(names), metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks), metavar="TASK")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--logs", type=Path, default=Path("logs") / Path(script).stem)
+    for flag in ("--table-only", *flags):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--run-one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run_one:
+        run(args.methods[0], args.tasks[0], args.seeds[0], args.logs)
+        sys.exit()
+    if not args.table_only:
+        runs = [run for run in itertools.product(args.seeds, args.tasks, args.methods) if not is_done(*run[::-1])]
+        jobs = [
+            Job(
+                result_file(method, task, seed).stem,
+                [script, "--run-one", f"--{option}", method, "--tasks", task, "--seeds", str(seed), "--logs", str(args.logs)],
+            )
+            for seed, task, method in runs
+        ]
+        print(f"{len(jobs)} runs to do", flush=True)
+        run_jobs(jobs, args.jobs, args.logs)
+    return args
+
+
+def class_defaults(cls: Any) -> dict[str, str]:
+    """
+    :param cls: Algorithm
+    :return: what it and its "MlpPolicy" take where nothing is given
+    """
+    classes = (cls, cls.policy_aliases["MlpPolicy"])
+    parameters = [parameter for part in classes for parameter in inspect.signature(part).parameters.values()]
+    return {parameter.name: str(parameter.default) for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:

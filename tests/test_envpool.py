@@ -273,7 +273,8 @@ def test_a_model_changes_to_the_ordinary_environment(tmp_path):
 
 def test_threads_are_not_more_than_the_cores_of_this_process():
     if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("no way to choose cores here")
+        # (on macOS and Windows)
+        pytest.skip("this operating system has no way to choose the cores of a process")
     cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, [min(cores)])

@@ -6,7 +6,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env
 
-import sb3_flow  # noqa: F401 registers the environments
+import sb3_flow  # noqa: F401 (imported to register the environments)
 from sb3_flow.envs.multi_goal import AGENT_COLOR, GOAL_COLOR, MultiGoalEnv
 
 

@@ -85,7 +85,7 @@ class CFMLoss(NamedTuple):
     sampling: str = "stratified"
 
 
-#: Its choices, field by field
+#: Its choices, field by field (each is a tuple here, where a loss has one of its texts)
 CFM_LOSS_CHOICES = CFMLoss(SUPERVISIONS, LOSS_REDUCTIONS, TIMESTEP_DISTRIBUTIONS, SAMPLINGS)  # type: ignore[arg-type]
 #: Those that have a name: "elbo", with which the log-ratio is one of likelihoods, and those of the authors' codes.
 CFM_LOSSES = {
