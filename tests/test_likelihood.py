@@ -9,7 +9,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 from sb3_flow import FPO
 from sb3_flow.common.flow import PREDICTION_TYPES, SINGULARITY_MARGIN, interpolate
-from sb3_flow.common.likelihood import evidence_lower_bound, log_likelihood, odeint
+from sb3_flow.common.likelihood import MAX_EXACT, evidence_lower_bound, log_likelihood, noisy_log_likelihood, odeint
 
 pytest.importorskip("torchdiffeq", reason='needs pip install "sb3-flow[solvers]"')
 
@@ -56,6 +56,48 @@ def test_closed_form_in_three_dimensions():
     assert (estimates.std(dim=0) > 0.1).all()
     assert ((estimates.mean(dim=0) - exact).abs() < 4 * standard_error).all()
     assert (log_likelihood(field, actions, "hutchinson", n_probes=500) - expected).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("noise_std", [0.05, 0.5])
+def test_noisy_actions_in_one_dimension(noise_std):
+    """Those of a Gaussian are another one."""
+    result = noisy_log_likelihood(gaussian_velocity, ACTIONS, noise_std, 20)
+    expected = Normal(MEAN, math.hypot(STD, noise_std)).log_prob(ACTIONS).squeeze(1)
+    assert th.allclose(result, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("dim", [3, MAX_EXACT, MAX_EXACT + 2])
+def test_noisy_actions_in_several_dimensions(dim):
+    """Next to no noise: the likelihood of the actions, if only on average in more than four dimensions."""
+    th.manual_seed(0)
+    matrix, offset = 0.5 * th.randn(dim, dim, dtype=th.float64), th.randn(dim, dtype=th.float64)
+    actions = th.randn(20, dim, dtype=th.float64)
+    field = affine_velocity(matrix, offset)
+    estimates = th.stack([noisy_log_likelihood(field, actions, 1e-9, 20) for _ in range(300)])
+    error, spread = (estimates.mean(dim=0) - affine_log_likelihood(matrix, offset, actions)).abs(), estimates.std(dim=0)
+    if dim <= MAX_EXACT:
+        assert spread.max() < 1e-9 and error.max() < 0.02
+    else:
+        assert spread.min() > 0.1 and (error < 0.02 + 4 * spread / 300**0.5).all()
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("perturbation", [0.0, 0.3])
+def test_actions_of_rollouts(prediction_type, perturbation):
+    """Their density, with their perturbation or noise of half a step, is that of the flow with as much noise."""
+    th.manual_seed(0)
+    kwargs = dict(n_steps=64, batch_size=16, learning_rate=1e-3, ema_decay=0.5, device="cpu", seed=0)
+    policy_kwargs = dict(prediction_type=prediction_type, action_perturbation_std=perturbation)
+    policy = FPO("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, **kwargs).learn(64).policy
+    actions = th.linspace(-6, 6, 1201).unsqueeze(1)
+    density = policy.exploration_log_likelihood(th.ones(1201, 3), actions).exp()
+    assert not density.requires_grad
+    assert th.trapezoid(density, actions[:, 0]).item() == pytest.approx(1, abs=0.03)
+    # Of the actor, not of its moving average
+    policy.ema = None
+    flow = policy.log_likelihood(th.ones(1201, 3), actions).exp()
+    noise = Normal(0.0, max(perturbation, 0.05)).log_prob(actions - actions.t()).exp()
+    assert th.allclose(density, 0.01 * noise @ flow, atol=0.03)
 
 
 def test_density_integrates_to_one():

@@ -19,9 +19,10 @@ def test_env_checkers(name, n_goals):
 
 
 def test_goals():
-    diagonal = 5 * np.sqrt(0.5)
     assert np.allclose(MultiGoalEnv().goals, [[5, 0], [0, 5], [-5, 0], [0, -5]])
-    assert np.allclose(MultiGoalEnv(n_goals=8).goals[[1, 4, 7]], [[diagonal, diagonal], [-5, 0], [diagonal, -diagonal]])
+    # All eight are as far from an axis of the square of actions
+    far, near = 5 * np.cos(np.pi / 8), 5 * np.sin(np.pi / 8)
+    assert np.allclose(MultiGoalEnv(n_goals=8).goals[[0, 1, 4, 7]], [[far, near], [near, far], [-far, -near], [far, -near]])
 
 
 @pytest.mark.parametrize(

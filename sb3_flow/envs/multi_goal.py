@@ -24,12 +24,14 @@ PIXELS_PER_UNIT = 20
 
 def make_goals(n_goals: int) -> np.ndarray:
     """
-    Goals around the start, the first one to the right, the others counterclockwise.
+    Goals around the start, counterclockwise, the first one to the right. Multiples of eight are between the axes and the
+    diagonals, where actions, which are within a square, leave all of them equal.
 
     :param n_goals: Number of goals
     :return: their positions, (n_goals, 2)
     """
-    angles = 2 * np.pi * np.arange(n_goals) / n_goals
+    first = 0.5 if n_goals % 8 == 0 else 0.0
+    angles = 2 * np.pi * (first + np.arange(n_goals)) / n_goals
     return DISTANCE * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 

@@ -40,7 +40,7 @@ from sb3_flow.common.flow import (
     to_cfm_loss,
 )
 from sb3_flow.common.save_load import CheckedLoad
-from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, relative_loss, surrogate_objective
+from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, surrogate_objective
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")
@@ -147,8 +147,9 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     :param normalize_advantage: Whether to normalize or not the advantage, in each minibatch (True), or "rollout" to normalize
         it over the whole rollout (FPO++)
     :param ent_coef: Entropy coefficient for the loss calculation. The entropy is that of the actions squashed by a tanh, which
-        is largest when they fill the bounds. Its gradient is taken with the CFM losses in place of log-likelihoods, so that
-        it is one only with ``cfm_loss="elbo"`` and baseline actions
+        is largest when they fill the bounds. It is estimated by the likelihoods of the actions under the flow
+        (:meth:`FlowPolicy.exploration_log_likelihood`), but its gradient is taken with the ratio, so that it is one only with
+        ``cfm_loss="elbo"`` and baseline actions
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
     :param bounds_loss_coef: Coefficient of a loss on predicted actions far outside of the bounds of the action space, where
@@ -702,19 +703,20 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
 
     def _surprise(self, rollout: FlowRollout) -> th.Tensor:
         """
-        How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy. It has baseline
-        actions and pairs of its own: with those of the ratio it would be correlated with the gradient of the ratio.
+        How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy. It is the
+        likelihood of the flow, not a CFM loss, whose Monte-Carlo estimate has several times the noise of what is to be seen.
 
         :param rollout: The rollout, with the policy that collected it
         :return: (n_transitions,), zero on average, and zero without a coefficient
         """
         if self.ent_coef == 0:
             return th.zeros_like(rollout.advantages)
-        rollout = rollout._replace(**self._draw_points(rollout.observations, rollout.actions[:, 0, 0]))
-        batches = map(rollout.select, self._minibatches(len(rollout.actions)))
-        with th.no_grad():
-            losses = th.cat([self._cfm_loss(self._flow_output(batch), batch) for batch in batches])
-            surprise = relative_loss(losses - self.policy.log_squashing(rollout.actions)).mean(dim=1)
+        actions = rollout.actions[:, 0, 0]
+        log_likelihoods = [
+            self.policy.exploration_log_likelihood(select_observations(rollout.observations, indices), actions[indices])
+            for indices in self._minibatches(len(actions))
+        ]
+        surprise = -th.cat(log_likelihoods) - self.policy.log_squashing(actions)
         return surprise - distributed.mean(surprise.mean())
 
     def _flow_output(self, batch: FlowRollout) -> th.Tensor:

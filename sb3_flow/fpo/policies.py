@@ -34,7 +34,7 @@ from sb3_flow.common.cuda_graphs import (
 )
 from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, hidden_attributes, hooks_of, is_plain, runs_in_place
-from sb3_flow.common.likelihood import log_likelihood
+from sb3_flow.common.likelihood import log_likelihood, noisy_log_likelihood
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.normalization import (
     NormalizedCombinedExtractor,
@@ -548,6 +548,20 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         """
         features = self._latent_pi(obs, self._actor())
         return self._explore(features.repeat_interleave(noise.shape[1], dim=0), noise.flatten(0, 1)).view(noise.shape)
+
+    def exploration_log_likelihood(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Log-likelihood of raw actions as rollouts collect them, with their perturbation. The steps of the sampler do not resolve
+        the finest structure: there is noise of half a step at least.
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :param actions: Raw actions, (batch, action_dim)
+        :return: (batch,)
+        """
+        with th.no_grad():
+            field = self.action_net.velocity_field(self._latent_pi(obs, self._actor()), self.n_flow_steps)
+        noise_std = max(self.action_perturbation_std, 0.5 / self.n_flow_steps)
+        return noisy_log_likelihood(field, actions, noise_std, self.n_flow_steps)
 
     def _explore(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         actions = self.action_net.sample(features, noise, self.n_flow_steps, self.sampler, self.sampler_sigma)
