@@ -76,7 +76,7 @@ def noisy_log_likelihood(field: VelocityField, actions: th.Tensor, noise_std: fl
     probes = _exact_probes(actions) if dim <= MAX_EXACT else _random_probes(actions, 1)
     start = noise_std / (1 + noise_std)
     step = (1 - start) / n_steps
-    x, integral = (1 - start) * actions, dim * math.log(1 - start)
+    x, integral = (1 - start) * actions, actions.new_full((len(actions),), dim * math.log(1 - start))
     with th.no_grad():
         for t in (start + step * index for index in range(n_steps)):
             middle = x + step / 2 * field(x, t)
