@@ -2,7 +2,7 @@
 Does a policy keep equally good actions? FPO, and SB3's PPO beside it: `python benchmarks/modes.py`
 
 Each run is one `sb3-flow train` in a process of its own with one thread, then episodes and action samples of the policy. It
-leaves a JSON file in benchmarks/results/modes; runs whose file is there with today's hyperparameters are not repeated, so
+leaves a JSON file in benchmarks/results/modes; runs whose file is there with today's settings are not repeated, so
 that an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --algos, --seeds, --jobs). The
 table is made of these files (`--table-only` does nothing else), `--figures` draws the policies of the first of the seeds.
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from runs import ROOT, do_runs, train_and_evaluate, write_result, write_table
+from runs import ROOT, class_defaults, do_runs, train_and_evaluate, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "modes"
 FIGURES = ROOT / "docs" / "_static"
@@ -57,9 +57,19 @@ def result_file(algo: str, task: str, seed: int) -> Path:
     return RESULTS / f"{task}-{algo}-seed{seed}.json"
 
 
+def settings(algo: str, task: str) -> dict[str, Any]:
+    """All that a result depends on."""
+    from stable_baselines3 import PPO
+
+    from sb3_flow import FPO
+
+    return dict(hyperparameters=hyperparameters(algo, task), defaults=class_defaults(dict(fpo=FPO, ppo=PPO)[algo]))
+
+
 def is_done(algo: str, task: str, seed: int) -> bool:
+    """Whether there is a result, of today's settings."""
     file = result_file(algo, task, seed)
-    return file.exists() and json.loads(file.read_text())["hyperparameters"] == hyperparameters(algo, task)
+    return file.exists() and settings(algo, task).items() <= json.loads(file.read_text()).items()
 
 
 def load(algo: str, task: str, seed: int, logs: Path) -> Any:
@@ -114,7 +124,7 @@ def run(algo: str, task: str, seed: int, logs: Path) -> None:
     else:
         modes = modes_of_gridworld(model, task)
     command = f"python benchmarks/modes.py --tasks {task} --algos {algo} --seeds {seed}"
-    write_result(file, dict(algo=algo, task=task, **result, modes=modes, command=command))
+    write_result(file, dict(algo=algo, task=task, **result | settings(algo, task), modes=modes, command=command))
 
 
 def describe(task: str, modes: dict[str, Any]) -> tuple[str, str]:
@@ -141,6 +151,7 @@ def print_table() -> None:
         for algo in ALGOS:
             files = sorted(RESULTS.glob(f"{task}-{algo}-seed*.json"))
             results = [json.loads(file.read_text()) for file in files]
+            results = [result for result in results if is_done(algo, task, result["seed"])]
             cells = [describe(task, result["modes"]) for result in results]
             if cells:
                 seeds = ", ".join(str(result["seed"]) for result in results)

@@ -860,6 +860,10 @@ def test_another_kind_of_flow_network():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="`action_net` must be a FlowNetwork, it is a Sequential"):
             function()
+    # One that samples, of which no likelihood is known
+    policy.action_net.sample = lambda features, noise, *_: noise
+    with pytest.raises(ValueError, match=r"`ent_coef` must be 0: .*, Sequential has none"):
+        policy.exploration_log_likelihood(obs, zeros[:, 0])
 
 
 class Factor(FlattenExtractor):

@@ -552,12 +552,16 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     def exploration_log_likelihood(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
         Log-likelihood of raw actions as rollouts collect them, with their perturbation. The sampler does not resolve the
-        finest structure: there is noise of half of one of its steps at least.
+        finest structure: there is noise of half of one of its steps at least. That of the "sde" sampler's steps is left out.
 
         :param obs: Observation, a tensor (see ``obs_to_tensor``)
         :param actions: Raw actions, (batch, action_dim)
         :return: (batch,)
+        :raises ValueError: if ``action_net`` was replaced by a network without a velocity field
         """
+        if not hasattr(self.action_net, "velocity_field"):
+            name = type(self.action_net).__name__
+            raise ValueError(f"`ent_coef` must be 0: the likelihood needs the `velocity_field` of a FlowNetwork, {name} has none")
         with th.no_grad():
             field = self.action_net.velocity_field(self._latent_pi(obs, self._actor()), self.n_flow_steps)
         noise_std = max(self.action_perturbation_std, 0.5 / self.n_flow_steps)
