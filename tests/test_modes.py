@@ -11,7 +11,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_flow import FPO
+from sb3_flow import FPO, presets
 from sb3_flow.common.flow import CFMLoss, cfm_loss, draw_pairs, interpolate
 from sb3_flow.envs.two_peaks import PEAK, TwoPeaksEnv
 
@@ -87,9 +87,12 @@ def test_entropy_pulls_shares_together():
 @pytest.mark.slow
 def test_fpo_keeps_both_peaks():
     """With the hyperparameters of the YAML file."""
-    model = FPO(
-        "MlpPolicy", make_vec_env("sb3_flow/TwoPeaks-v0", 64), n_steps=32, batch_size=256, gamma=0.0, gae_lambda=0.0,
-        learning_rate=LinearSchedule(1e-3, 0.0, 1.0), ent_coef=0.1, seed=0, device="cpu",
-    ).learn(65_536)  # fmt: skip
+    policy_kwargs = presets.PAPER["policy_kwargs"] | dict(net_arch=[64, 64], normalize_values=True)
+    settings = presets.PAPER | dict(
+        n_steps=128, batch_size=256, n_epochs=10, gamma=0.0, gae_lambda=0.0, learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
+        ent_coef=0.4, max_grad_norm=0.5, log_ratio_clip=3.0, policy_kwargs=policy_kwargs,
+        cfm_loss=dict(supervision="noise", reduction="mean", timestep_distribution="grid", sampling="stratified"),
+    )  # fmt: skip
+    model = FPO("MlpPolicy", make_vec_env("sb3_flow/TwoPeaks-v0", 64), **settings, seed=0, device="cpu").learn(65_536)
     left, right = shares_of_peaks(model)
     assert left >= 0.2 and right >= 0.2 and left + right > 0.9
