@@ -170,7 +170,7 @@ def draw(seed: int, logs: Path) -> None:
         return {algo.upper(): load(algo, task, seed, logs) for algo in ALGOS if result_file(algo, task, seed).exists()}
 
     th.manual_seed(0)
-    print(*plot_gridworld(models("two_walls"), FIGURES / "gridworld.png"), sep="\n")
+    print(*plot_gridworld(models("two_walls"), FIGURES / "saddle.png"), sep="\n")
     for task, n_goals in N_GOALS.items():
         print(plot_multi_goal(models(task), FIGURES / f"{task.replace('-', '_')}.png", n_goals))
 
