@@ -560,8 +560,10 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :raises ValueError: if ``action_net`` was replaced by a network without a velocity field
         """
         if not hasattr(self.action_net, "velocity_field"):
-            name = type(self.action_net).__name__
-            raise ValueError(f"`ent_coef` must be 0: the likelihood needs the `velocity_field` of a FlowNetwork, {name} has none")
+            raise ValueError(
+                "`ent_coef` must be 0: the likelihood needs the `velocity_field` of a FlowNetwork, "
+                f"{type(self.action_net).__name__} has none"
+            )
         with th.no_grad():
             field = self.action_net.velocity_field(self._latent_pi(obs, self._actor()), self.n_flow_steps)
         noise_std = max(self.action_perturbation_std, 0.5 / self.n_flow_steps)
