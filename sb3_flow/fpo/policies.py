@@ -552,7 +552,8 @@ class FlowPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     def exploration_log_likelihood(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
         Log-likelihood of raw actions as rollouts collect them, with their perturbation, see
-        :func:`~sb3_flow.common.likelihood.noisy_log_likelihood`. The sampler does not resolve the finest structure: there is noise of half of one of its steps at least. That of the "sde" sampler's steps is left out.
+        :func:`~sb3_flow.common.likelihood.noisy_log_likelihood`. The sampler does not resolve the finest structure: there is
+        noise of half of one of its steps at least. That of the "sde" sampler's steps is left out.
 
         :param obs: Observation, a tensor (see ``obs_to_tensor``)
         :param actions: Raw actions, (batch, action_dim)
