@@ -46,6 +46,7 @@ VARIANTS = {
     "Defaults": Variant(),
     "Colored noise": Variant(policy="ColoredNoisePolicy"),
     "Perturbation of 0.2": Variant(dict(policy_kwargs=dict(action_perturbation_std=0.2))),
+    "Entropy bonus of 0.01": Variant(dict(ent_coef=0.01)),
     "Categorical values": Variant(algorithm="CategoricalValueFPO", policy="CategoricalValuePolicy"),
     "Separate gradient norms": Variant(algorithm="SeparateNormsFPO"),
     "Advantages normalized over the rollout": Variant(dict(normalize_advantage="rollout")),
