@@ -172,7 +172,8 @@ def with_defaults(hyperparameters: dict[str, Any]) -> dict[str, Any]:
     import rl_zoo3.exp_manager
 
     from sb3_flow import FPO
-    from sb3_flow.fpo.policies import DEFAULT_NET_ARCH, MlpPolicy
+    from sb3_flow.fpo import MlpPolicy
+    from sb3_flow.on_policy.policies import DEFAULT_NET_ARCH
 
     policy_kwargs = hyperparameters.get("policy_kwargs", {})
     if isinstance(policy_kwargs, str):

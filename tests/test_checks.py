@@ -16,6 +16,7 @@ from sb3_flow.common.checks import to_bool, to_float, to_int, to_net_arch
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.fpo import MlpPolicy
 from sb3_flow.fql import MlpPolicy as FQLMlpPolicy
+from sb3_flow.on_policy.policies import FlowActorCriticPolicy
 
 KINDS = [int, np.int64, np.int8, np.uint16, np.array, np.float64, float, th.tensor]
 FPO_INTEGERS = dict(n_steps=32, batch_size=16, n_epochs=2, n_mc_samples=3, n_baseline_actions=1, ema_start=2, seed=3)
@@ -228,9 +229,9 @@ def test_bounds_whose_difference_overflows(dtype):
     with np.errstate(over="raise", invalid="raise"):
         model.learn(16)
         scaled = np.array([[-1, -1], [-0.5, 0], [0, 0.5], [1, 1]], dtype)
-        actions = super(MlpPolicy, model.policy).unscale_action(scaled)
+        actions = super(FlowActorCriticPolicy, model.policy).unscale_action(scaled)
         assert np.isfinite(actions).all() and actions[0, 1] == -1 and actions[3, 1] == 3
-        assert np.allclose(super(MlpPolicy, model.policy).scale_action(actions), scaled)
+        assert np.allclose(super(FlowActorCriticPolicy, model.policy).scale_action(actions), scaled)
     with pytest.warns(UserWarning, match="so wide that their difference overflows"):
         policy = FQLMlpPolicy(Still.observation_space, action_space, lambda _: 1e-3, net_arch=[8])
     with np.errstate(over="raise", invalid="raise"):

@@ -11,7 +11,7 @@ from stable_baselines3 import PPO
 
 from sb3_flow import FPO, FQL
 from sb3_flow.envs.gridworld import CENTER, DEATH, GOAL, LAYOUTS, SIZE, make_layout
-from sb3_flow.fpo.policies import SQUASH_TYPES
+from sb3_flow.on_policy.policies import SQUASH_TYPES
 from sb3_flow.plotting import entropy
 from sb3_flow.plotting.flow import N_TIMES, STEPS_PER_FRAME, flow_paths, plot_flow
 from sb3_flow.plotting.gridworld import SADDLES, goal_regions, multimodality, plot_gridworld, run_episodes, saddle_line

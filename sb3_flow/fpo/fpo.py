@@ -1,21 +1,24 @@
 import io
 import pathlib
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
-from torch.nn import functional as F
+from stable_baselines3.common.type_aliases import (
+    DictRolloutBufferSamples,
+    GymEnv,
+    MaybeCallback,
+    PyTorchObs,
+    RolloutBufferSamples,
+    Schedule,
+)
 from torch.optim.swa_utils import AveragedModel
 
 from sb3_flow import distributed
-from sb3_flow.common.checks import DECAY, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, check_floats, to_bool, to_float, to_int
+from sb3_flow.common.checks import DECAY, POSITIVE, check_floats, to_bool, to_float, to_int
 from sb3_flow.common.cuda_graphs import (
     CapturedUpdate,
     Graphs,
@@ -26,7 +29,6 @@ from sb3_flow.common.cuda_graphs import (
     has_replaced_methods,
     layout,
 )
-from sb3_flow.common.distributed_algorithm import DistributedOnPolicyAlgorithm, learns_together
 from sb3_flow.common.flow import (
     CFMLoss,
     check_choice,
@@ -39,9 +41,9 @@ from sb3_flow.common.flow import (
     to_action,
     to_cfm_loss,
 )
-from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, surrogate_objective
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
+from sb3_flow.on_policy.algorithm import ClipRanges, FlowOnPolicyAlgorithm, not_finite, select, select_observations
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")
 
@@ -50,14 +52,8 @@ IN_GRAPH = (
     "ent_coef", "vf_coef", "max_grad_norm", "bounds_loss_coef", "ratio_type", "trust_region", "cfm_loss_clip",
     "log_ratio_clip", "normalize_advantage", "target_kl",
 )  # fmt: skip
-#: What arguments that are floats may be, which of them may be None, and which functions of the progress.
-FLOATS = dict(
-    learning_rate=NOT_NEGATIVE, gamma=FRACTION, gae_lambda=FRACTION, clip_range=NOT_NEGATIVE, clip_range_vf=POSITIVE,
-    ent_coef=FINITE, vf_coef=NOT_NEGATIVE, max_grad_norm=POSITIVE, bounds_loss_coef=NOT_NEGATIVE, cfm_loss_clip=POSITIVE,
-    log_ratio_clip=POSITIVE, ema_decay=DECAY, target_kl=POSITIVE,
-)  # fmt: skip
-OPTIONAL = ("clip_range_vf", "max_grad_norm", "cfm_loss_clip", "log_ratio_clip", "ema_decay", "target_kl")
-SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
+#: What arguments that only FPO has may be, all of them None too
+FLOATS = dict(cfm_loss_clip=POSITIVE, log_ratio_clip=POSITIVE, ema_decay=DECAY)
 
 
 class FlowRollout(NamedTuple):
@@ -95,25 +91,7 @@ class OldPolicy(NamedTuple):
         return OldPolicy(*(select(x, indices) for x in self))
 
 
-class ClipRanges(NamedTuple):
-    """Sizes of the trust regions of the policy and, if it has one, of the value function."""
-
-    policy: float | th.Tensor
-    value: float | th.Tensor | None
-
-
-def select(x: th.Tensor, indices: th.Tensor | slice) -> th.Tensor:
-    # (on a CPU, it takes a quarter of the time of x[indices])
-    return x[indices] if isinstance(indices, slice) else x.index_select(0, indices)
-
-
-def select_observations(observations: PyTorchObs, indices: th.Tensor | slice) -> PyTorchObs:
-    if isinstance(observations, dict):
-        return {key: select(obs, indices) for key, obs in observations.items()}
-    return select(observations, indices)
-
-
-class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
+class FPO(FlowOnPolicyAlgorithm):
     """
     Flow Policy Optimization (FPO)
 
@@ -240,35 +218,32 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         _init_setup_model: bool = True,
     ):
         super().__init__(
-            policy,  # type: ignore[arg-type]
+            policy,
             env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
-            use_sde=False,
-            sde_sample_freq=-1,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=to_int("stats_window_size", stats_window_size, at_least=1),
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=None if seed is None else to_int("seed", seed),
-            device=device,
-            _init_setup_model=False,
-            supported_action_spaces=(spaces.Box,),
+            learning_rate,
+            n_steps,
+            batch_size,
+            n_epochs,
+            gamma,
+            gae_lambda,
+            clip_range,
+            clip_range_vf,
+            normalize_advantage,
+            ent_coef,
+            vf_coef,
+            max_grad_norm,
+            bounds_loss_coef,
+            rollout_buffer_class,
+            rollout_buffer_kwargs,
+            target_kl,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
         )
 
-        self.batch_size = batch_size
-        self.n_epochs = n_epochs
-        self.clip_range = clip_range
-        self.clip_range_vf = clip_range_vf
-        self.normalize_advantage = normalize_advantage
-        self.bounds_loss_coef = bounds_loss_coef
         # (a CFMLoss once it is checked)
         self.cfm_loss: Any = cfm_loss
         self.n_mc_samples = n_mc_samples
@@ -280,11 +255,10 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.ema_decay = ema_decay
         self.ema_start = ema_start
         self._n_iterations = 0
-        self.target_kl = target_kl
         self.compile = compile
         self._graphs = Graphs()
-        # Not checked with the others: rl-zoo3 loads models that will not train with one of zero
-        first_clip_range = to_float("clip_range", clip_range(1.0) if callable(clip_range) else clip_range, POSITIVE)
+        # (rl-zoo3 loads models that will not train with a clip range of zero)
+        first_clip_range = float(clip_range(1.0) if callable(clip_range) else clip_range)
         log_ratio_clip = None if log_ratio_clip is None else to_float("log_ratio_clip", log_ratio_clip, POSITIVE)
         if log_ratio_clip is not None and np.exp(-log_ratio_clip) >= 1 - first_clip_range > 0:
             raise ValueError(
@@ -300,57 +274,18 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.cfm_loss = to_cfm_loss(self.cfm_loss)
         check_choice("ratio_type", self.ratio_type, RATIO_TYPES)
         check_choice("trust_region", self.trust_region, TRUST_REGIONS)
-        integers = dict(n_steps=1, batch_size=1, n_epochs=1, n_mc_samples=1, ema_start=0, n_baseline_actions=0)
-        for name, at_least in integers.items():
+        for name, at_least in dict(n_mc_samples=1, ema_start=0, n_baseline_actions=0).items():
             setattr(self, name, to_int(name, getattr(self, name), at_least))
-        if isinstance(self.clip_range_vf, (float, int)):
-            # The error of SB3's PPO
-            assert not self.clip_range_vf <= 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
-        check_floats(self, FLOATS, OPTIONAL, SCHEDULES)
+        check_floats(self, FLOATS, optional=FLOATS)
         self.compile = to_bool("compile", self.compile)
-        if self.normalize_advantage != "rollout":
-            self.normalize_advantage = to_bool("normalize_advantage", self.normalize_advantage, '"rollout"')
-
-        # Sanity check, otherwise it will lead to noisy gradient and NaN
-        # because of the advantage normalization
-        if self.normalize_advantage is True:
-            assert self.batch_size > 1, "`batch_size` must be greater than 1, or `normalize_advantage` be False"
-
-        if self.env is not None:
-            distributed.share("batch_size", self.batch_size)
-            n_envs = self.env.num_envs * distributed.world_size()
-            buffer_size = n_envs * self.n_steps
-            # Check that `n_steps * n_envs > 1` to avoid NaN
-            # when doing advantage normalization
-            assert buffer_size > 1 or (
-                not self.normalize_advantage
-            ), f"`n_steps * n_envs` must be greater than 1. Currently n_steps={self.n_steps} and n_envs={n_envs}"
-            # Check that the rollout buffer size is a multiple of the mini-batch size
-            if buffer_size % self.batch_size > 0:
-                warnings.warn(
-                    f"You have specified a mini-batch size of {self.batch_size},"
-                    f" but because the `RolloutBuffer` is of size `n_steps * n_envs = {buffer_size}`,"
-                    f" after every {buffer_size // self.batch_size} untruncated mini-batches,"
-                    f" there will be a truncated mini-batch of size {buffer_size % self.batch_size}\n"
-                    f"We recommend using a `batch_size` that is a factor of `n_steps * n_envs`.\n"
-                    f"Info: (n_steps={self.n_steps} and n_envs={n_envs})"
-                )
+        super()._check_arguments()
 
     def _check_flow_steps(self) -> None:
         self.cfm_loss = to_cfm_loss(self.cfm_loss)
         check_flow_steps(self.cfm_loss, self.policy.prediction_type, self.policy.n_flow_steps)
 
     def _setup_model(self) -> None:
-        if not issubclass(self.policy_class, FlowPolicy):
-            raise ValueError(f"`policy` must be a FlowPolicy, it is {self.policy_class}")
-        self._check_arguments()
         super()._setup_model()
-
-        # Initialize schedules for policy/value clipping
-        self.clip_range = FloatSchedule(self.clip_range)
-        if self.clip_range_vf is not None:
-            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
-
         if self.ema_decay is not None:
             self.policy.create_ema(self.ema_decay)
         self.policy.captures_forward = self.compile
@@ -378,86 +313,56 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_graphs"]
 
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may go beyond the end: a learning rate that decreases to zero must not become negative
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
-
-    def _maybe_recommend_cpu(self, mlp_class_name: str = "FlowPolicy") -> None:
-        super()._maybe_recommend_cpu(mlp_class_name)
-
-    def train(self) -> None:
+    def _to_rollout(self, data: RolloutBufferSamples | DictRolloutBufferSamples) -> FlowRollout:
         """
-        Update policy using the currently gathered rollout buffer.
+        Alg. 1, line 6: with Monte-Carlo pairs, drawn once.
 
-        :raises ValueError: before any gradient step, if a reward, an observation, a loss or a gradient is not finite, or
-            there is no CFM loss at the times of the sampler
+        :param data: The whole rollout, on the device and shuffled
+        :return: the same, and where the CFM losses are taken
+        :raises ValueError: if the sampler has too few steps for the pairs
         """
-        # Update optimizer learning rate
-        self._update_learning_rate(self.policy.optimizer)
-        clip_ranges = self._clip_ranges()
+        # They may have been changed since
+        self._check_flow_steps()
+        points = self._draw_points(data.observations, data.actions)
+        return FlowRollout(data.observations, data.old_values, data.advantages, data.returns, **points)
 
-        # Alg. 1, line 6: draw the Monte-Carlo pairs, once, with the CFM losses under the policy that collected the rollout
-        self.policy.set_training_mode(False)
-        rollout = self._get_rollout()
-        if self.policy.value_normalization is not None:
-            self.policy.value_normalization.update(rollout.returns, self.policy.value_net)
-        old = self._evaluate_old_policy(rollout)
-
-        # Lines 7 to 11: update the policy, in train mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(True)
-        epochs = self._run_epochs(rollout, old, clip_ranges)
-
-        # What follows once per iteration: the statistics of the observations, and the moving average of the actor
-        self.policy.update_normalization(rollout.observations)
-        if self.policy.ema is not None:
-            self.policy.update_ema(restart=self._n_iterations < self.ema_start)
-        self._n_iterations += 1
-
-        # Logs
-        for name, value in self._statistics(epochs, rollout).items():
-            self.logger.record(f"train/{name}", value)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/clip_range", clip_ranges.policy)
-        if clip_ranges.value is not None:
-            self.logger.record("train/clip_range_vf", clip_ranges.value)
-
-    def _run_epochs(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> list[list[dict[str, th.Tensor]]]:
+    def _draw_points(self, observations: PyTorchObs, actions: th.Tensor) -> dict[str, th.Tensor]:
         """
-        :param rollout: The rollout
-        :param old: The same under the policy that collected it
-        :param clip_ranges: Sizes of the trust regions
-        :return: what is logged of each minibatch of each epoch
-        """
-        updates = self._captured_updates(rollout, old, clip_ranges) if self.compile else None
-        epochs: list[list[dict[str, th.Tensor]]] = []
-        for epoch in range(self.n_epochs):
-            epochs.append([])
-            self._n_updates += 1
-            # Do a complete pass on the rollout
-            for indices in self._epoch_minibatches(epoch, len(rollout.actions)):
-                if updates is not None:
-                    epochs[-1].append(updates(indices))
-                    continue
-                # (the pseudo-KL divergence is that of the last epoch in the logs)
-                needs_kl = self.target_kl is not None or epoch == self.n_epochs - 1
-                loss, values = self._losses(rollout.select(indices), old.select(indices), clip_ranges, needs_kl)
-                epochs[-1].append(values)
-                if self.target_kl is not None and distributed.mean(values["approx_kl"]) > 1.5 * self.target_kl:
-                    if self.verbose >= 1 and distributed.rank() == 0:
-                        print(f"Early stopping at step {epoch} due to reaching max kl: {values['approx_kl']:.2f}")
-                    return epochs
-                self._optimization_step(loss, values)
-        if updates is not None:
-            self._check_finite()
-        return epochs
+        Draw baseline actions, and Monte-Carlo pairs for them and the actions taken: all that the CFM losses need but the
+        network.
 
-    def _clip_ranges(self) -> ClipRanges:
-        """Those of now (a schedule may end at zero)."""
-        # (functions by now, of numbers before _setup_model(), which mypy does not see)
-        progress = self._current_progress_remaining
-        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(progress)  # type: ignore[operator]
-        return ClipRanges(max(self.clip_range(progress), 1e-8), clip_range_vf)  # type: ignore[operator]
+        :param observations: of the rollout
+        :param actions: taken there, (n_transitions, action_dim)
+        :return: actions, x_t, targets, timesteps and weights, as in :class:`FlowRollout`
+        """
+        prediction_type = self.policy.prediction_type
+        shape = (len(actions), self.n_mc_samples, actions.shape[1])
+        pairs = draw_pairs(shape, self.cfm_loss, prediction_type, self.policy.n_flow_steps, self.device)
+        actions = actions.unsqueeze(1)
+        if self.n_baseline_actions > 0:
+            actions = th.cat([actions, self._draw_baseline_actions(observations, len(actions))], dim=1)
+        # The pairs are the same for all actions of a transition
+        actions = actions.unsqueeze(2)
+        noise, timesteps, weights = (x.unsqueeze(1) for x in pairs)
+        x_t = interpolate(actions, noise, timesteps)
+        targets = flow_target(prediction_type, actions, noise).expand(x_t.shape).contiguous()
+        return dict(actions=actions, x_t=x_t, targets=targets, timesteps=timesteps, weights=weights)
+
+    def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> th.Tensor:
+        """
+        Draw further actions as the rollout was collected.
+
+        :param observations: of the rollout
+        :param n_transitions: Number of them
+        :return: (n_transitions, n_baseline_actions, action_dim)
+        """
+        noise = th.randn((n_transitions, self.n_baseline_actions, self.rollout_buffer.action_dim), device=self.device)
+        if self.cfm_loss.sampling == "stratified":
+            n_opposite = self.n_baseline_actions // 2
+            noise[:, n_opposite : 2 * n_opposite] = -noise[:, :n_opposite]
+        minibatches = self._minibatches(n_transitions)
+        with th.no_grad():
+            return th.cat([self.policy.explore(select_observations(observations, i), noise[i]) for i in minibatches])
 
     def _evaluate_old_policy(self, rollout: FlowRollout) -> OldPolicy:
         """
@@ -469,6 +374,24 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             outputs = [self._flow_output(batch) for batch in batches]
             losses = [self._cfm_loss(*pair) for pair in zip(outputs, batches, strict=True)]
         return OldPolicy(th.cat(outputs), th.cat(losses), self._surprise(rollout))
+
+    def _surprise(self, rollout: FlowRollout) -> th.Tensor:
+        """
+        How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy. It is the
+        likelihood of the flow, not a CFM loss, whose Monte-Carlo estimate has several times the noise of what is to be seen.
+
+        :param rollout: The rollout, with the policy that collected it
+        :return: (n_transitions,), zero on average, and zero without a coefficient
+        """
+        if self.ent_coef == 0:
+            return th.zeros_like(rollout.advantages)
+        actions = rollout.actions[:, 0, 0]
+        log_likelihoods = [
+            self.policy.exploration_log_likelihood(select_observations(rollout.observations, indices), actions[indices])
+            for indices in self._minibatches(len(actions))
+        ]
+        surprise = -th.cat(log_likelihoods) - self.policy.log_squashing(actions)
+        return surprise - distributed.mean(surprise.mean())
 
     def _losses(
         self, batch: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges, needs_kl: bool
@@ -524,45 +447,34 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         advantages = advantages + self.ent_coef * surprise
         return -surrogate_objective(ratio, advantages.unsqueeze(1), clip_range, self.trust_region).mean()
 
-    def _value_loss(self, values: th.Tensor, batch: FlowRollout, clip_range_vf: float | th.Tensor | None) -> th.Tensor:
-        """
-        :param values: Estimated values, (batch,)
-        :param batch: Transitions
-        :param clip_range_vf: Largest difference between old and new value, None for no clipping
-        :return: mean squared error, using the TD(gae_lambda) target
-        """
-        if clip_range_vf is not None:
-            # Clip the difference between old and new value
-            # NOTE: this depends on the reward scaling
-            # (both bounds are numbers, or both tensors, which mypy does not see)
-            change = th.clamp(values - batch.old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
-            values = batch.old_values + change
-        loss = F.mse_loss(batch.returns, values)
-        if self.policy.value_normalization is not None:
-            loss = loss / self.policy.value_normalization.std.square().squeeze()
-        return loss
+    def _flow_output(self, batch: FlowRollout) -> th.Tensor:
+        """Output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)."""
+        return self.policy.flow_output(batch.observations, batch.x_t, batch.timesteps)
 
-    def _optimization_step(self, loss: th.Tensor, statistics: dict[str, th.Tensor]) -> None:
+    def _cfm_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
         """
-        :param loss: Of a minibatch
-        :param statistics: What is logged of it
-        :raises ValueError: if the gradient is not finite, before it changes the weights
+        :param outputs: Output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)
+        :param batch:
+        :return: CFM loss of each action and Monte-Carlo pair, (batch, 1 + n_baseline_actions, n_mc_samples)
         """
-        if not th.isfinite(self._backward(loss)):
-            raise ValueError(_not_finite({name: value.item() for name, value in statistics.items()}))
-        self.policy.optimizer.step()
+        return batch.weights * squared_error(outputs, batch.targets)
 
-    def _backward(self, loss: th.Tensor) -> th.Tensor:
-        """
-        :param loss: Of a minibatch
-        :return: norm of its gradient, before the clipping
-        """
-        self.policy.optimizer.zero_grad()
-        loss.backward()
-        distributed.average_gradients(self.policy.parameters())
-        # Clip grad norm
-        max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
-        return th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
+    def _bounds_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
+        """Mean loss of the actions that the flow predicts where its CFM losses are taken (zero if it has no weight)."""
+        if self.bounds_loss_coef == 0:
+            return outputs.new_zeros(())
+        actions = to_action(outputs, batch.x_t, batch.timesteps, self.policy.prediction_type)
+        return self.policy.bounds_loss(actions).mean()
+
+    def _pseudo_kl(self, output_change: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """Mean squared change of the predicted noise, FPO++."""
+        return rescale_error(output_change, timesteps, self.policy.prediction_type, "noise").square().mean()
+
+    def _end_iteration(self, observations: PyTorchObs) -> None:
+        super()._end_iteration(observations)
+        if self.policy.ema is not None:
+            self.policy.update_ema(restart=self._n_iterations < self.ema_start)
+        self._n_iterations += 1
 
     def _captured_updates(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> "CapturedUpdates | None":
         """
@@ -571,6 +483,8 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         :param clip_ranges: Sizes of the trust regions
         :return: updates of the policy in graphs, None if there are none
         """
+        if not self.compile:
+            return None
         graphs, policy = self._graphs, self.policy
         key = (
             [getattr(self, name) for name in IN_GRAPH],
@@ -598,151 +512,6 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
             return f"{type(self.policy).__name__} is a policy of its own"
         return find_obstacle(self.policy, [type(self.policy), AveragedModel], self.policy.optimizer)
 
-    def _check_finite(self) -> None:
-        failure = self._graphs.failure()
-        if failure is not None:
-            raise ValueError(_not_finite(failure))
-
-    def _statistics(self, epochs: list[list[dict[str, th.Tensor]]], rollout: FlowRollout) -> dict[str, float]:
-        """
-        :param epochs: Those of the minibatches of each epoch
-        :param rollout: The rollout
-        :return: what is logged of an iteration, of all processes
-        """
-        reductions = {"ratio_min": min, "ratio_max": max, "raw_action_max": max}
-        minibatches = [row for epoch in epochs for row in epoch]
-        # Most are those of all minibatches
-        rows = {"approx_kl": epochs[-1], "loss": minibatches[-1:]}
-        statistics = {
-            name: reductions.get(name, np.mean)(th.stack([row[name] for row in rows.get(name, minibatches)]).tolist())
-            for name in minibatches[-1]
-        }
-        statistics["raw_action_max"] = rollout.actions[:, 0].abs().max().item()
-        statistics["explained_variance"] = explained_variance(
-            self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
-        )
-        if self.bounds_loss_coef == 0:
-            del statistics["bounds_loss"]
-        everyones = distributed.gather(statistics)
-        return {name: float(reductions.get(name, np.mean)([theirs[name] for theirs in everyones])) for name in statistics}
-
-    def _get_rollout(self) -> FlowRollout:
-        """
-        The whole rollout, on the device and shuffled, with newly drawn Monte-Carlo pairs.
-
-        :raises ValueError: if one of its fields is not finite, or the sampler has too few steps for the pairs
-        """
-        data = next(self.rollout_buffer.get(batch_size=None))
-        observations = data.observations if isinstance(data.observations, dict) else {"obs": data.observations}
-        fields = {
-            **{f"observations (`{key}`)": obs for key, obs in observations.items()},
-            "actions": data.actions,
-            # Non-finite rewards end up here, even if they are normalized
-            "rewards (or values)": data.returns,
-            "advantages": data.advantages,
-        }
-        for name, tensor in fields.items():
-            if not th.isfinite(tensor).all():
-                raise ValueError(f"NaN or inf in the {name} of the rollout: training stopped before it reached the weights")
-
-        # They may have been changed since
-        self._check_flow_steps()
-        advantages = distributed.normalize(data.advantages) if self.normalize_advantage == "rollout" else data.advantages
-        points = self._draw_points(data.observations, data.actions)
-        return FlowRollout(data.observations, data.old_values, advantages, data.returns, **points)
-
-    def _draw_points(self, observations: PyTorchObs, actions: th.Tensor) -> dict[str, th.Tensor]:
-        """
-        Draw baseline actions, and Monte-Carlo pairs for them and the actions taken: all that the CFM losses need but the
-        network.
-
-        :param observations: of the rollout
-        :param actions: taken there, (n_transitions, action_dim)
-        :return: actions, x_t, targets, timesteps and weights, as in :class:`FlowRollout`
-        """
-        prediction_type = self.policy.prediction_type
-        shape = (len(actions), self.n_mc_samples, actions.shape[1])
-        pairs = draw_pairs(shape, self.cfm_loss, prediction_type, self.policy.n_flow_steps, self.device)
-        actions = actions.unsqueeze(1)
-        if self.n_baseline_actions > 0:
-            actions = th.cat([actions, self._draw_baseline_actions(observations, len(actions))], dim=1)
-        # The pairs are the same for all actions of a transition
-        actions = actions.unsqueeze(2)
-        noise, timesteps, weights = (x.unsqueeze(1) for x in pairs)
-        x_t = interpolate(actions, noise, timesteps)
-        targets = flow_target(prediction_type, actions, noise).expand(x_t.shape).contiguous()
-        return dict(actions=actions, x_t=x_t, targets=targets, timesteps=timesteps, weights=weights)
-
-    def _draw_baseline_actions(self, observations: PyTorchObs, n_transitions: int) -> th.Tensor:
-        """
-        Draw further actions as the rollout was collected.
-
-        :param observations: of the rollout
-        :param n_transitions: Number of them
-        :return: (n_transitions, n_baseline_actions, action_dim)
-        """
-        noise = th.randn((n_transitions, self.n_baseline_actions, self.rollout_buffer.action_dim), device=self.device)
-        if self.cfm_loss.sampling == "stratified":
-            n_opposite = self.n_baseline_actions // 2
-            noise[:, n_opposite : 2 * n_opposite] = -noise[:, :n_opposite]
-        minibatches = self._minibatches(n_transitions)
-        with th.no_grad():
-            return th.cat([self.policy.explore(select_observations(observations, i), noise[i]) for i in minibatches])
-
-    def _minibatches(self, n_transitions: int) -> list[slice]:
-        """In the order of the (shuffled) rollout."""
-        batch_size = distributed.share("batch_size", self.batch_size)
-        return [slice(start, start + batch_size) for start in range(0, n_transitions, batch_size)]
-
-    def _epoch_minibatches(self, epoch: int, n_transitions: int) -> Iterable[slice | th.Tensor]:
-        # The first epoch goes through the rollout in its order, so that its first ratio is exactly one
-        return self._minibatches(n_transitions) if epoch == 0 else self._shuffled_minibatches(n_transitions)
-
-    def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
-        return iter(th.randperm(n_transitions, device=self.device).split(distributed.share("batch_size", self.batch_size)))
-
-    def _surprise(self, rollout: FlowRollout) -> th.Tensor:
-        """
-        How unlikely the squashed actions are: the policy gradient of this "reward" is that of their entropy. It is the
-        likelihood of the flow, not a CFM loss, whose Monte-Carlo estimate has several times the noise of what is to be seen.
-
-        :param rollout: The rollout, with the policy that collected it
-        :return: (n_transitions,), zero on average, and zero without a coefficient
-        """
-        if self.ent_coef == 0:
-            return th.zeros_like(rollout.advantages)
-        actions = rollout.actions[:, 0, 0]
-        log_likelihoods = [
-            self.policy.exploration_log_likelihood(select_observations(rollout.observations, indices), actions[indices])
-            for indices in self._minibatches(len(actions))
-        ]
-        surprise = -th.cat(log_likelihoods) - self.policy.log_squashing(actions)
-        return surprise - distributed.mean(surprise.mean())
-
-    def _flow_output(self, batch: FlowRollout) -> th.Tensor:
-        """Output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)."""
-        return self.policy.flow_output(batch.observations, batch.x_t, batch.timesteps)
-
-    def _cfm_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
-        """
-        :param outputs: Output of the flow network, (batch, 1 + n_baseline_actions, n_mc_samples, action_dim)
-        :param batch:
-        :return: CFM loss of each action and Monte-Carlo pair, (batch, 1 + n_baseline_actions, n_mc_samples)
-        """
-        return batch.weights * squared_error(outputs, batch.targets)
-
-    def _bounds_loss(self, outputs: th.Tensor, batch: FlowRollout) -> th.Tensor:
-        """Mean loss of the actions that the flow predicts where its CFM losses are taken (zero if it has no weight)."""
-        if self.bounds_loss_coef == 0:
-            return outputs.new_zeros(())
-        actions = to_action(outputs, batch.x_t, batch.timesteps, self.policy.prediction_type)
-        return self.policy.bounds_loss(actions).mean()
-
-    def _pseudo_kl(self, output_change: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
-        """Mean squared change of the predicted noise, FPO++."""
-        return rescale_error(output_change, timesteps, self.policy.prediction_type, "noise").square().mean()
-
-    @learns_together
     def learn(
         self: SelfFPO,
         total_timesteps: int,
@@ -752,14 +521,7 @@ class FPO(CheckedLoad, DistributedOnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfFPO:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
 
 class CapturedUpdates:
@@ -813,8 +575,10 @@ class CapturedUpdates:
         guards = model._graphs.guards
         return static, CapturedUpdate(model.policy.optimizer, losses, model._backward, model.device, guards)
 
-
-def _not_finite(statistics: dict[str, float]) -> str:
-    losses = dict(policy="policy_gradient_loss", value="value_loss", bounds="bounds_loss")
-    parts = ", ".join(f"{name} loss: {statistics[key]}" for name, key in losses.items())
-    return f"The gradient is not finite ({parts}): training stopped before it reached the weights"
+    def check_finite(self) -> None:
+        """
+        :raises ValueError: if a gradient was not finite
+        """
+        failure = self.model._graphs.failure()
+        if failure is not None:
+            raise ValueError(not_finite(failure))
