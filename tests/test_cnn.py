@@ -6,7 +6,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage, is_vecenv_wrapped
 from torch.nn import functional as F
 
-from sb3_flow import FPO, FQL
+from sb3_flow import DPPO, FPO, FQL
 from sb3_flow.common.networks import ImpalaCNN
 
 
@@ -24,7 +24,7 @@ def make_env(channel_first=False):
 
 @pytest.mark.parametrize("share_features_extractor", [True, False])
 @pytest.mark.parametrize("channel_first", [True, False])
-@pytest.mark.parametrize("algorithm", [FPO, FQL])
+@pytest.mark.parametrize("algorithm", [FPO, DPPO, FQL])
 def test_cnn(tmp_path, algorithm, share_features_extractor, channel_first):
     model = make_model(make_env(channel_first), algorithm, share_features_extractor=share_features_extractor).learn(64)
     assert is_vecenv_wrapped(model.get_env(), VecTransposeImage) != channel_first

@@ -5,7 +5,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv, SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
-from sb3_flow import FPO, FQL
+from sb3_flow import DPPO, FPO, FQL
 from sb3_flow.common.datasets import from_replay_buffer
 
 
@@ -17,7 +17,7 @@ def make_env(channel_last=True):
 @pytest.mark.parametrize("channel_last", [True, False])
 @pytest.mark.parametrize("share_features_extractor", [True, False])
 @pytest.mark.parametrize("wrapper", [None, "normalize", "stack"])
-@pytest.mark.parametrize("algorithm", [FPO, FQL])
+@pytest.mark.parametrize("algorithm", [FPO, DPPO, FQL])
 def test_dict_spaces(algorithm, channel_last, share_features_extractor, wrapper):
     if algorithm is FQL and wrapper == "normalize" and channel_last:
         pytest.skip("replay buffers of SB3 hold transposed images without normalization only")

@@ -413,7 +413,7 @@ def test_policy_of_a_recurrent_algorithm():
     assert policy_for(IMAGE, "MlpLstmPolicy") == "CnnLstmPolicy" in ALGOS["ppo_lstm"].policy_aliases
 
 
-@pytest.mark.parametrize("algo", ["fpo", "fql", "ppo", "sac", "crossq"])
+@pytest.mark.parametrize("algo", ["fpo", "dppo", "fql", "ppo", "sac", "crossq"])
 def test_dm_control_namespace(capsys, envs_of_all_spaces, algo):
     """Any id of dm_control is flattened, and FPO has the block of DMC for it."""
     config = sb3_flow.zoo.default_conf_file(algo) if algo in sb3_flow.zoo.FLOW_ALGOS else None

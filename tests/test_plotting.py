@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from stable_baselines3 import PPO
 
-from sb3_flow import FPO, FQL
+from sb3_flow import DPPO, FPO, FQL
 from sb3_flow.envs.gridworld import CENTER, DEATH, GOAL, LAYOUTS, SIZE, make_layout
 from sb3_flow.on_policy.policies import SQUASH_TYPES
 from sb3_flow.plotting import entropy
@@ -60,9 +60,9 @@ def test_plot_flow(tmp_path, dims):
     check_files(files, "reach", (888, 600))
 
 
-@pytest.mark.parametrize("algorithm", [FPO, FQL])
+@pytest.mark.parametrize("algorithm", [FPO, DPPO, FQL])
 def test_plot_one_dimension(tmp_path, algorithm):
-    kwargs = KWARGS if algorithm is FPO else dict(policy_kwargs=dict(net_arch=[16]), buffer_size=10)
+    kwargs = dict(policy_kwargs=dict(net_arch=[16]), buffer_size=10) if algorithm is FQL else KWARGS
     model = algorithm("MlpPolicy", "Pendulum-v1", **kwargs)
     check_files(plot_flow(model, np.zeros(3, "f4"), tmp_path / "flow", n_samples=100), "flow", (888, 600))
     assert len(plot_flow(model, np.zeros(3, "f4"), tmp_path / "still", n_samples=100, animation=False)) == 1

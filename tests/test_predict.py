@@ -5,12 +5,12 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_flow import FPO, FQL
+from sb3_flow import DPPO, FPO, FQL
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto", pytest.param("cuda", marks=pytest.mark.skipif(
     not th.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
-@pytest.mark.parametrize("algorithm", [FPO, FQL])
+@pytest.mark.parametrize("algorithm", [FPO, DPPO, FQL])
 def test_predict(algorithm, device):
     env = make_vec_env("Pendulum-v1", 2)
     model = algorithm("MlpPolicy", env, device=device)
@@ -26,7 +26,7 @@ def test_predict(algorithm, device):
     evaluate_policy(model, env, n_eval_episodes=2)
 
 
-@pytest.mark.parametrize("algorithm", [FPO, FQL])
+@pytest.mark.parametrize("algorithm", [FPO, DPPO, FQL])
 def test_deterministic_and_random(algorithm):
     model = algorithm("MlpPolicy", "Pendulum-v1", device="cpu")
     obs = np.zeros((100, 3), dtype=np.float32)

@@ -27,7 +27,7 @@ from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
 import sb3_flow.zoo
-from sb3_flow import FPO, FQL
+from sb3_flow import DPPO, FPO, FQL
 from sb3_flow.common.flow import CFM_LOSSES
 from sb3_flow.zoo import cli
 
@@ -50,8 +50,8 @@ def in_an_empty_folder(monkeypatch, tmp_path):
 def test_register():
     sb3_flow.zoo.register()
     sb3_flow.zoo.register()
-    assert ALGOS["fpo"] is FPO and ALGOS["fql"] is FQL and "ppo" in ALGOS
-    assert {"fpo", "fql", "ppo"} <= HYPERPARAMS_SAMPLER.keys() & HYPERPARAMS_CONVERTER.keys()
+    assert ALGOS["fpo"] is FPO and ALGOS["dppo"] is DPPO and ALGOS["fql"] is FQL and "ppo" in ALGOS
+    assert {"fpo", "dppo", "fql", "ppo"} <= HYPERPARAMS_SAMPLER.keys() & HYPERPARAMS_CONVERTER.keys()
 
 
 @pytest.mark.parametrize("algo", sb3_flow.zoo.FLOW_ALGOS)
@@ -82,7 +82,7 @@ def test_hyperparameters_are_valid(algo):
         kwargs = ExperimentManager._preprocess_schedules(expand_preset(algo, kwargs, str))
         kwargs["policy_kwargs"] = evaluate(env_id, "policy_kwargs", kwargs.get("policy_kwargs", "{}"))
         model = sb3_flow.zoo.FLOW_ALGOS[algo](hyperparams["policy"], "Pendulum-v1", **kwargs)
-        if isinstance(model, FPO):
+        if isinstance(model, (FPO, DPPO)):
             assert model.n_steps * hyperparams.get("n_envs", 1) % model.batch_size == 0
 
 
@@ -265,6 +265,7 @@ def test_trained_agent(monkeypatch):
     """-i goes on with the statistics of VecNormalize and the replay buffer, of the end of a run or of a checkpoint."""
     for algo, params in [
         ("fpo", ["n_steps:32", "batch_size:32", "n_epochs:1", "n_envs:1"]),
+        ("dppo", ["n_steps:32", "batch_size:32", "n_epochs:1", "n_envs:1"]),
         ("fql", ["learning_starts:10", "policy_kwargs:dict(net_arch=[16])", "batch_size:8", "buffer_size:1000"]),
     ]:
         train = ["train", "--algo", algo, "--env", "Pendulum-v1", "--save-replay-buffer", "--save-freq", 64, "--eval-freq", -1]
@@ -275,9 +276,9 @@ def test_trained_agent(monkeypatch):
         sb3_flow_main(monkeypatch, *train, "-n", 32, *params, "-i", first / "rl_model_64_steps.zip")
         # (SB3 saves a checkpoint before it learns from its last step, and before the replay buffer has it)
         for run, num_timesteps, n_stored, n_updates in [
-            (first, 96, 96, dict(fpo=3, fql=86)),
-            (second, 128, 128, dict(fpo=4, fql=108)),
-            (third, 96, 95, dict(fpo=2, fql=75)),
+            (first, 96, 96, dict(fpo=3, dppo=3, fql=86)),
+            (second, 128, 128, dict(fpo=4, dppo=4, fql=108)),
+            (third, 96, 95, dict(fpo=2, dppo=2, fql=75)),
         ]:
             statistics = pickle.loads((run / "Pendulum-v1" / "vecnormalize.pkl").read_bytes())
             assert statistics.ret_rms.count == pytest.approx(num_timesteps, abs=1)
@@ -333,6 +334,7 @@ def test_optimize(monkeypatch, capsys):
     # (with this seed trials are short)
     for algo, trial_id, seed, n_timesteps, params in [
         ("fpo", 1, 7, 1024, ["n_envs:2"]),
+        ("dppo", 1, 7, 1024, ["n_envs:2"]),
         # The first trial is a trial like any other
         ("fql", 0, 0, 4, ["dataset:'data.npz'", "offline_steps:4", "buffer_size:100"]),
     ]:
@@ -368,7 +370,7 @@ def test_nan_is_pruned(monkeypatch, capsys, algo):
     )
     monkeypatch.syspath_prepend(str(Path.cwd()))
     study = ["--algo", algo, "--env", "NaN-v0", "--gym-packages", "nan_task", "--storage", "study.log", "--study-name", algo]
-    params = ["n_envs:16"] if algo == "fpo" else ["learning_starts:10", "buffer_size:100"]
+    params = ["learning_starts:10", "buffer_size:100"] if algo == "fql" else ["n_envs:16"]
     with pytest.raises(SystemExit, match="no trial was completed"):
         sb3_flow_main(monkeypatch, "optimize", *study, "-n", 9999, "--seed", 11, "--max-total-trials", 2, "-params", *params)
     trials = optuna.load_study(study_name=algo, storage=JournalStorage(JournalFileBackend("study.log"))).trials

@@ -195,9 +195,12 @@ class EulerIntegrator:
     :param times: Features of the times of the steps, (n_flow_steps, times_dim)
     :param scales: alpha and beta of each step
     :param batch_size: Number of columns
+    :param with_noise: Whether noise is added after each step
     """
 
-    def __init__(self, mlp: PlainMLP, times: th.Tensor, scales: list[tuple[float, float]], batch_size: int):
+    def __init__(
+        self, mlp: PlainMLP, times: th.Tensor, scales: list[tuple[float, float]], batch_size: int, with_noise: bool = False
+    ):
         self.mlp = mlp
         *hidden, action_dim = (len(bias) for bias in mlp.biases)
         n_steps, times_dim = times.shape
@@ -222,20 +225,24 @@ class EulerIntegrator:
         inputs = times.new_ones(n_steps, n_inputs + 1, batch_size)
         inputs[:, action_dim:-1] = times.unsqueeze(-1)
         self.x, *next_xs = *(step[:action_dim] for step in inputs), times.new_empty(action_dim, batch_size)
-        self.result = next_xs[-1]
+        self.states, self.result = (self.x, *next_xs), next_xs[-1]
+        self.step_noise = times.new_empty(n_steps if with_noise else 0, action_dim, batch_size)
         outputs_and_one = [times.new_ones(size + 1, batch_size) for size in hidden]
         outputs = [output[:-1] for output in outputs_and_one]
 
         # All are about the same memory
         self.calls: list[Callable[[], Any]] = []
         x = self.x
-        for step, last, (_, beta), next_x in zip(inputs, lasts, scales, next_xs, strict=True):
+        noises = self.step_noise if with_noise else [None] * n_steps
+        for step, last, (_, beta), next_x, noise in zip(inputs, lasts, scales, next_xs, noises, strict=True):
             self.calls.append(partial(th.addmm, self.from_features, first, step, out=outputs[0]))
             self.calls.append(partial(mlp.activations[0], outputs[0]))
             for index, weight in enumerate(others):
                 self.calls.append(partial(th.mm, weight, outputs_and_one[index], out=outputs[index + 1]))
                 self.calls.append(partial(mlp.activations[index + 1], outputs[index + 1]))
             self.calls.append(partial(th.addmm, x, last, outputs_and_one[-1], beta=beta, out=next_x))
+            if noise is not None:
+                self.calls.append(partial(next_x.add_, noise))
             x = next_x
 
     def has_changed(self) -> bool:
@@ -247,12 +254,15 @@ class EulerIntegrator:
         first, *others = self.mlp.weights
         return [first.data_ptr(), first.stride(), *map(_shape, (first, *others, *self.mlp.biases))]
 
-    def __call__(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    def __call__(self, features: th.Tensor, noise: th.Tensor, step_noise: th.Tensor | None = None) -> th.Tensor:
         """
         :param features: (batch, features_dim)
         :param noise: (batch, action_dim)
-        :return: (batch, action_dim), overwritten by the next call
+        :param step_noise: What is added after each step, (n_flow_steps, batch, action_dim)
+        :return: (batch, action_dim), overwritten by the next call, as ``states``, (action_dim, batch) each
         """
+        if step_noise is not None:
+            self.step_noise.copy_(step_noise.mT)
         th._foreach_copy_(self.copies, self.parameters)
         th.mul(self.alphas, self.last, out=self.scaled_last)
         th.mm(self.weight_features, features.t(), out=self.from_features)

@@ -236,11 +236,33 @@ class FlowNetwork(nn.Module):
             sigmas = [sigma / standard_normal_std(t - 1 / n_flow_steps) for t in sampler_grid(n_flow_steps)]
         return integrate(field, noise, n_flow_steps, sigmas, timestep_range(self.prediction_type))
 
-    def _euler_in_place(self, features: th.Tensor, noise: th.Tensor, n_flow_steps: int) -> th.Tensor | None:
-        """:return: see :meth:`sample`, None if it is not possible"""
-        embedding = self.timestep_embedding
+    def sample_chain(self, features: th.Tensor, noise: th.Tensor, step_noise: th.Tensor) -> th.Tensor:
+        """
+        Euler's method with noise after each step, of a network without a skip connection.
+
+        :param features: (batch, features_dim)
+        :param noise: (batch, action_dim)
+        :param step_noise: What is added after each step, (n_flow_steps, batch, action_dim)
+        :return: states, from the noise to the actions, (batch, n_flow_steps + 1, action_dim)
+        """
+        assert not self.skip_connection, "A chain is that of a network without a skip connection"
+        n_flow_steps = len(step_noise)
+        if type(self.timestep_embedding) is TimestepEmbedding and runs_in_place(features, noise):
+            chain = self._euler_in_place(features, noise, n_flow_steps, step_noise)
+            if chain is not None:
+                return chain
+        field, states = self.velocity_field(features, n_flow_steps), [noise]
+        for t, added in zip(sampler_grid(n_flow_steps), step_noise, strict=True):
+            states.append(th.sub(states[-1], field(states[-1], t), alpha=1 / n_flow_steps) + added)
+        return th.stack(states, dim=1)
+
+    def _euler_in_place(
+        self, features: th.Tensor, noise: th.Tensor, n_flow_steps: int, step_noise: th.Tensor | None = None
+    ) -> th.Tensor | None:
+        """:return: see :meth:`sample`, or :meth:`sample_chain` if there is noise in the steps. None if it is not possible"""
+        embedding, with_noise = self.timestep_embedding, step_noise is not None
         kind = (self.prediction_type, n_flow_steps, self.output_scale, self.skip_connection)
-        key = (kind, embedding.embedding_dim, noise.shape, noise.dtype, noise.device)
+        key = (kind, with_noise, embedding.embedding_dim, noise.shape, noise.dtype, noise.device)
         with th.inference_mode():
             # Nobody else has it meanwhile
             integrator = self._memory.pop(key, None)
@@ -249,14 +271,16 @@ class FlowNetwork(nn.Module):
                 if mlp is None or len(mlp.activations) == 0:
                     return None
                 times, scales = euler_coefficients(*kind)
-                integrator = EulerIntegrator(mlp, embedding(noise.new_tensor(times)), scales, len(noise))
-            actions = integrator(features, noise)
+                integrator = EulerIntegrator(mlp, embedding(noise.new_tensor(times)), scales, len(noise), with_noise)
+            result = integrator(features, noise, step_noise)
+            if with_noise:
+                result = th.stack(integrator.states).permute(2, 0, 1)
         # An ordinary tensor again
-        actions = actions.clone(memory_format=th.contiguous_format)
+        result = result.clone(memory_format=th.contiguous_format)
         if len(noise) <= LARGEST_KEPT_BATCH:
             self._memory.clear()
             self._memory[key] = integrator
-        return actions
+        return result
 
     def _is_plain(self) -> bool:
         """Whether calling this network is nothing but what is written here, but for the layers."""

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_flow.common.save_load import check_model_file
+from sb3_flow.dppo.presets import PRESETS as DPPO_PRESETS
 from sb3_flow.fpo.presets import PRESETS as FPO_PRESETS
 from sb3_flow.zoo import default_conf_file
 from sb3_flow.zoo.arguments import new_folder
@@ -57,7 +58,7 @@ NOT_HYPERPARAMS = {
     "_init_setup_model": "nothing",
 }
 #: Hyperparameters that have a name, by algorithm
-PRESETS = {"fpo": FPO_PRESETS}
+PRESETS = {"fpo": FPO_PRESETS, "dppo": DPPO_PRESETS}
 #: Hyperparameters that it evaluates, if they are texts
 EVALUATED = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
 #: Those that may be "lin_VALUE"
@@ -190,7 +191,7 @@ def find_preset(algo: str, hyperparams: Mapping[str, Any], where: Callable[[str]
     name, presets = hyperparams["preset"], PRESETS.get(algo)
     found = f"{where('preset')}: found preset:{name!r}"
     if presets is None:
-        raise InputError(f"{found}, but {algo} has no presets, only {' and '.join(PRESETS)} has")
+        raise InputError(f"{found}, but {algo} has no presets: {' and '.join(PRESETS)} have")
     if name not in list(presets):
         raise InputError(f"{found}, expected one of {', '.join(map(repr, presets))}")
     return presets[name]

@@ -1,5 +1,5 @@
 """
-Optuna's search spaces of FPO and FQL, in the form that rl-zoo3 has for its own algorithms: a sampler, which suggests
+Optuna's search spaces of the algorithms, in the form that rl-zoo3 has for its own algorithms: a sampler, which suggests
 parameters, and a converter, which makes hyperparameters of those of a finished trial.
 """
 
@@ -7,16 +7,73 @@ from typing import Any
 
 import optuna
 
+ON_POLICY_NET_ARCHS = {
+    "flat": dict(pi=[64] * 2, vf=[256] * 2),
+    "tiny": dict(pi=[32] * 4, vf=[64] * 2),
+    "small": dict(pi=[32] * 4, vf=[256] * 2),
+    "medium": dict(pi=[64] * 3, vf=[256] * 2),
+    "large": dict(pi=[256] * 2, vf=[256] * 3),
+}
 NET_ARCHS: dict[str, dict[str, Any]] = {
-    "fpo": {
-        "flat": dict(pi=[64] * 2, vf=[256] * 2),
-        "tiny": dict(pi=[32] * 4, vf=[64] * 2),
-        "small": dict(pi=[32] * 4, vf=[256] * 2),
-        "medium": dict(pi=[64] * 3, vf=[256] * 2),
-        "large": dict(pi=[256] * 2, vf=[256] * 3),
-    },
+    "fpo": ON_POLICY_NET_ARCHS,
+    "dppo": ON_POLICY_NET_ARCHS,
     "fql": {"small": [128] * 3, "medium": [256] * 3, "large": [512] * 4},
 }
+
+
+def sample_on_policy_params(trial: optuna.Trial, n_envs: int, algo: str) -> dict[str, Any]:
+    """
+    :param trial: Trial
+    :param n_envs: Number of environments
+    :param algo: Name of the algorithm
+    :return: parameters that on-policy algorithms have in common
+    """
+    # Rollouts of 1,024 to 16,384 transitions. A power of two up to the smallest divides them all: the bounds are the same
+    # in each trial, as the sampler wants them
+    n_envs_pow = (n_envs & -n_envs).bit_length() - 1
+    min_n_steps_pow = max(10 - n_envs_pow, 3)
+    return {
+        "n_steps_pow": trial.suggest_int("n_steps_pow", min_n_steps_pow, min_n_steps_pow + 4),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
+        "n_epochs": trial.suggest_categorical("n_epochs", [5, 10, 16, 20]),
+        "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
+        # (log_ratio_clip of FPO has to be more than -log(1 - clip_range))
+        "clip_range": trial.suggest_float("clip_range", 0.05, 0.35, log=True),
+        "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
+        "action_scale": trial.suggest_float("action_scale", 0.1, 1, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS[algo])),
+    }
+
+
+def convert_on_policy_params(sampled_params: dict[str, Any], algo: str, of_policy: tuple[str, ...]) -> dict[str, Any]:
+    """
+    :param sampled_params: Parameters of a trial
+    :param algo: Name of the algorithm
+    :param of_policy: Those of its policy
+    :return: hyperparameters
+    """
+    hyperparams = sampled_params.copy()
+    for name in ("gamma", "gae_lambda"):
+        hyperparams[name] = 1 - hyperparams.pop(f"one_minus_{name}")
+    for name in ("n_steps", "batch_size"):
+        hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
+    policy_kwargs = {name: hyperparams.pop(name) for name in of_policy}
+    policy_kwargs["net_arch"] = NET_ARCHS[algo][hyperparams.pop("net_arch")]
+    return {"policy_kwargs": policy_kwargs, **hyperparams}
+
+
+def show_values(trial: optuna.Trial, hyperparams: dict[str, Any], *names: str) -> dict[str, Any]:
+    """
+    :param trial: Trial
+    :param hyperparams: Hyperparameters
+    :param names: Those that the trial has other numbers of
+    :return: the same hyperparameters, whose true values are displayed
+    """
+    for name in names:
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
 
 
 def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
@@ -29,32 +86,13 @@ def sample_fpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
     :param additional_args: What samplers of rl-zoo3 get, not used
     :return: hyperparameters
     """
-    # Rollouts of 1,024 to 16,384 transitions. A power of two up to the smallest divides them all: the bounds are the same
-    # in each trial, as the sampler wants them
-    n_envs_pow = (n_envs & -n_envs).bit_length() - 1
-    min_n_steps_pow = max(10 - n_envs_pow, 3)
-    params = {
-        "n_steps_pow": trial.suggest_int("n_steps_pow", min_n_steps_pow, min_n_steps_pow + 4),
-        "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
-        "n_epochs": trial.suggest_categorical("n_epochs", [5, 10, 16, 20]),
-        "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
-        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
-        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.2, log=True),
-        # log_ratio_clip has to be more than -log(1 - clip_range)
-        "clip_range": trial.suggest_float("clip_range", 0.05, 0.35, log=True),
+    params = sample_on_policy_params(trial, n_envs, "fpo") | {
         "ent_coef": trial.suggest_float("ent_coef", 1e-5, 0.1, log=True),
-        "max_grad_norm": trial.suggest_float("max_grad_norm", 0.2, 2, log=True),
         "n_mc_samples": trial.suggest_categorical("n_mc_samples", [4, 8, 16]),
         "ratio_type": trial.suggest_categorical("ratio_type", ["averaged", "per_sample"]),
-        "action_scale": trial.suggest_float("action_scale", 0.1, 1, log=True),
         "action_perturbation_std": trial.suggest_categorical("action_perturbation_std", [0.0, 0.1, 0.2]),
-        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fpo"])),
     }
-    hyperparams = convert_fpo_params(params)
-    for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
-        # Display true values
-        trial.set_user_attr(name, hyperparams[name])
-    return hyperparams
+    return show_values(trial, convert_fpo_params(params), "n_steps", "batch_size", "gamma", "gae_lambda")
 
 
 def convert_fpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
@@ -62,14 +100,33 @@ def convert_fpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: Parameters of a trial of :func:`sample_fpo_params`
     :return: hyperparameters
     """
-    hyperparams = sampled_params.copy()
-    for name in ("gamma", "gae_lambda"):
-        hyperparams[name] = 1 - hyperparams.pop(f"one_minus_{name}")
-    for name in ("n_steps", "batch_size"):
-        hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
-    policy_kwargs = {name: hyperparams.pop(name) for name in ("action_scale", "action_perturbation_std")}
-    policy_kwargs["net_arch"] = NET_ARCHS["fpo"][hyperparams.pop("net_arch")]
-    return {"policy_kwargs": policy_kwargs, **hyperparams}
+    return convert_on_policy_params(sampled_params, "fpo", ("action_scale", "action_perturbation_std"))
+
+
+def sample_dppo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for DPPO hyperparams.
+
+    :param trial: Trial
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of environments
+    :param additional_args: What samplers of rl-zoo3 get, not used
+    :return: hyperparameters
+    """
+    params = sample_on_policy_params(trial, n_envs, "dppo") | {
+        "gamma_denoising": trial.suggest_categorical("gamma_denoising", [0.9, 0.99, 1.0]),
+        "n_flow_steps": trial.suggest_categorical("n_flow_steps", [2, 4, 10]),
+        "noise_std": trial.suggest_float("noise_std", 0.05, 0.8, log=True),
+    }
+    return show_values(trial, convert_dppo_params(params), "n_steps", "batch_size", "gamma", "gae_lambda")
+
+
+def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: Parameters of a trial of :func:`sample_dppo_params`
+    :return: hyperparameters
+    """
+    return convert_on_policy_params(sampled_params, "dppo", ("action_scale", "n_flow_steps", "noise_std"))
 
 
 def sample_fql_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
@@ -92,11 +149,7 @@ def sample_fql_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fql"])),
     }
-    hyperparams = convert_fql_params(params)
-    for name in ("batch_size", "gamma"):
-        # Display true values
-        trial.set_user_attr(name, hyperparams[name])
-    return hyperparams
+    return show_values(trial, convert_fql_params(params), "batch_size", "gamma")
 
 
 def convert_fql_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
@@ -112,5 +165,5 @@ def convert_fql_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return {"policy_kwargs": policy_kwargs, "normalize_q_loss": True, **hyperparams}
 
 
-SAMPLERS = {"fpo": sample_fpo_params, "fql": sample_fql_params}
-CONVERTERS = {"fpo": convert_fpo_params, "fql": convert_fql_params}
+SAMPLERS = {"fpo": sample_fpo_params, "dppo": sample_dppo_params, "fql": sample_fql_params}
+CONVERTERS = {"fpo": convert_fpo_params, "dppo": convert_dppo_params, "fql": convert_fql_params}
