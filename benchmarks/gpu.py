@@ -307,7 +307,7 @@ def capture_that_fails(device: str) -> Row:
     """It must leave no trace: the run is the eager one."""
     import torch as th
 
-    from sb3_flow.fql import fql as algorithm
+    from sb3_flow.offline import algorithm
 
     cfm_loss, results = algorithm.cfm_loss, {}
 

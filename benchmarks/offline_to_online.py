@@ -106,7 +106,7 @@ def _argument(value) -> str:
 
 
 def behaviour_returns(env_id: str, logs: Path) -> np.ndarray:
-    from sb3_flow.common.datasets import load_dataset
+    from sb3_flow.offline.datasets import load_dataset
 
     return load_dataset(dataset_file(env_id, logs), allow_pickle=True).episode_returns
 

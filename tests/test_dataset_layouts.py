@@ -10,12 +10,12 @@ import torch as th
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from sb3_flow.common.datasets import load_dataset
-from sb3_flow.common.layouts import NAMES
-from sb3_flow.common.transitions import DatasetWarning, named_arrays
+from sb3_flow.offline.datasets import load_dataset
+from sb3_flow.offline.layouts import NAMES
+from sb3_flow.offline.transitions import DatasetWarning, named_arrays
 
 h5py = pytest.importorskip("h5py", reason='needs pip install "sb3-flow[offline]"')
-pytestmark = pytest.mark.filterwarnings("ignore::sb3_flow.common.transitions.DatasetWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::sb3_flow.offline.transitions.DatasetWarning")
 quick = settings(
     max_examples=20,
     deadline=None,

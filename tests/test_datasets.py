@@ -18,10 +18,10 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_flow import FQL
-from sb3_flow.common.buffers import OfflineBuffer
-from sb3_flow.common.datasets import from_replay_buffer, load_dataset
-from sb3_flow.common.layouts import NAMES
-from sb3_flow.common.transitions import DatasetWarning, Transitions, check_transitions, fit_observations
+from sb3_flow.offline.buffers import OfflineBuffer
+from sb3_flow.offline.datasets import from_replay_buffer, load_dataset
+from sb3_flow.offline.layouts import NAMES
+from sb3_flow.offline.transitions import DatasetWarning, Transitions, check_transitions, fit_observations
 
 needs_data = pytest.mark.skipif(
     "SB3_FLOW_DATA" not in os.environ, reason="SB3_FLOW_DATA, a folder of OGBench files, is not set"

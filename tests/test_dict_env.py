@@ -6,7 +6,7 @@ from stable_baselines3.common.envs import BitFlippingEnv, SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_flow import DPPO, FPO, FQL
-from sb3_flow.common.datasets import from_replay_buffer
+from sb3_flow.offline.datasets import from_replay_buffer
 
 
 def make_env(channel_last=True):

@@ -19,10 +19,10 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_flow import FQL
-from sb3_flow.common.buffers import OfflineBuffer
-from sb3_flow.common.datasets import dataset_name, load_dataset
 from sb3_flow.common.networks import EnsembleMLP
-from sb3_flow.fql.fql import random_crop
+from sb3_flow.offline.algorithm import random_crop
+from sb3_flow.offline.buffers import OfflineBuffer
+from sb3_flow.offline.datasets import dataset_name, load_dataset
 
 N_FLOW_STEPS = 10
 

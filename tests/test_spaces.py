@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_flow import FPO, FQL
-from sb3_flow.common.datasets import from_replay_buffer
 from sb3_flow.fpo import MlpPolicy
+from sb3_flow.offline.datasets import from_replay_buffer
 from sb3_flow.on_policy.policies import SQUASH_TYPES
 
 

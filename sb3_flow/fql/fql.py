@@ -1,15 +1,7 @@
-import io
-import pathlib
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
@@ -19,52 +11,26 @@ from stable_baselines3.common.type_aliases import (
     ReplayBufferSamples,
     Schedule,
 )
-from stable_baselines3.common.utils import configure_logger, get_parameters_by_name, polyak_update
-from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
 from sb3_flow import distributed
-from sb3_flow.common.bounds import middle_and_half_range
-from sb3_flow.common.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
-from sb3_flow.common.checks import FRACTION, NOT_NEGATIVE, check_floats, to_bool, to_int
-from sb3_flow.common.cuda_graphs import (
-    CAPTURED_SAMPLERS,
-    CapturedUpdate,
-    Graphs,
-    attributes_state,
-    clone,
-    copy_into,
-    find_obstacle,
-    global_state,
-    has_replaced_methods,
-    in_parallel,
-    layout,
-)
-from sb3_flow.common.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
-from sb3_flow.common.distributed_algorithm import DistributedOffPolicyAlgorithm, learns_together
-from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
-from sb3_flow.common.save_load import CheckedLoad
-from sb3_flow.common.transitions import Transitions, check_transitions, fit_observations, map_arrays
-from sb3_flow.fql.policies import BCFlow, CnnPolicy, EnsembleCritic, FQLPolicy, MlpPolicy, MultiInputPolicy, OneStepActor
+from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
+from sb3_flow.common.cuda_graphs import has_replaced_methods, in_parallel
+from sb3_flow.common.flow import check_choice
+from sb3_flow.fql.policies import CnnPolicy, FQLPolicy, MlpPolicy, MultiInputPolicy
+from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
+from sb3_flow.offline.datasets import Dataset
+from sb3_flow.offline.policies import OneStepActor
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
 
-#: What arguments that are floats may be.
-FLOATS = dict(learning_rate=NOT_NEGATIVE, alpha=NOT_NEGATIVE, tau=FRACTION, gamma=FRACTION, random_crop_probability=FRACTION)
 #: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
 IN_GRAPH = ("alpha", "q_agg", "normalize_q_loss", "gamma", "tau")
 #: How the critics are put together.
 Q_AGGREGATIONS = ("mean", "min")
-# The authors keep the actions of the dataset just inside of the bounds
-ACTION_MARGIN = 1e-5
-# Of `dataset_kwargs`: what the rewards of both phases are, the dataset's and those that are collected online
-REWARD_ARGUMENTS = {"reward_scale": 1.0, "reward_shift": 0.0}
-# In gradient steps
-OFFLINE_LOG_INTERVAL = 1000
 
 
-class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
+class FQL(OfflineAlgorithm):
     """
     Flow Q-Learning (FQL)
 
@@ -77,7 +43,7 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param dataset: What to learn offline from, see :func:`sb3_flow.common.datasets.load_dataset`. It stays beside the
+    :param dataset: What to learn offline from, see :func:`sb3_flow.offline.datasets.load_dataset`. It stays beside the
         replay buffer when the training goes on online.
     :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
     :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
@@ -135,11 +101,10 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    network_names = ("actor", "bc_flow", "critic", "critic_target")
+    in_graph = IN_GRAPH
     policy: FQLPolicy
     actor: OneStepActor
-    bc_flow: BCFlow
-    critic: EnsembleCritic
-    critic_target: EnsembleCritic
 
     def __init__(
         self,
@@ -177,16 +142,13 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if use_sde:
-            raise ValueError("`use_sde` must be False: generalized State Dependent Exploration is for Gaussian policies")
-        if offline_steps > 0 and dataset is None:
-            raise ValueError("`offline_steps` needs a `dataset`")
-        if dataset_kwargs and dataset is None:
-            raise ValueError("`dataset_kwargs` needs a `dataset`")
-
         super().__init__(
             policy,
             env,
+            dataset,
+            dataset_kwargs,
+            offline_steps,
+            balanced_sampling,
             learning_rate,
             buffer_size,
             learning_starts,
@@ -196,40 +158,25 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
             train_freq,
             gradient_steps,
             action_noise,
-            replay_buffer_class=replay_buffer_class,
-            replay_buffer_kwargs=replay_buffer_kwargs,
-            optimize_memory_usage=optimize_memory_usage,
-            n_steps=n_steps,
-            policy_kwargs=policy_kwargs,
-            stats_window_size=to_int("stats_window_size", stats_window_size, at_least=1),
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            device=device,
-            seed=None if seed is None else to_int("seed", seed),
-            sde_support=False,
-            supported_action_spaces=(spaces.Box,),
-            support_multi_env=True,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            use_sde,
+            random_crop,
+            random_crop_probability,
+            compile,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
         )
 
         self.alpha = alpha
         self.q_agg = q_agg
         self.normalize_q_loss = normalize_q_loss
-        self.balanced_sampling = balanced_sampling
-        self.offline_steps = offline_steps
-        self.random_crop = random_crop
-        self.random_crop_probability = random_crop_probability
-        self.compile = compile
-        self._graphs = Graphs()
-        self.dataset_kwargs = dataset_kwargs or {}
-        #: Name of the dataset, to load it again. None if it was given as arrays.
-        self.dataset: Any = None
-        self.offline_buffer: OfflineBuffer | None = None
-        self.validation_buffer: OfflineBuffer | None = None
-        self._has_dataset = False
-        self._has_validation = False
-        self._has_default_replay_buffer = replay_buffer_class is None
-        self._n_offline_updates = 0
-        self._steps_after_offline = 0
 
         if _init_setup_model:
             self._setup_model()
@@ -237,328 +184,10 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
     def _check_arguments(self) -> None:
-        if self.dataset_kwargs is None:
-            self.dataset_kwargs = {}
-        if not isinstance(self.dataset_kwargs, Mapping):
-            raise ValueError(f"`dataset_kwargs` must be a dictionary, it is {self.dataset_kwargs!r}")
-        check_reward_arguments(**self._reward_arguments)
         check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
-        integers = dict(
-            offline_steps=0, random_crop=0, batch_size=1, buffer_size=0, learning_starts=0, gradient_steps=-1, n_steps=1
-        )
-        for name, at_least in integers.items():
-            setattr(self, name, to_int(name, getattr(self, name), at_least))
-        if isinstance(self.train_freq, (tuple, list)):
-            frequency, unit = self.train_freq
-            self.train_freq = (to_int("train_freq", frequency, at_least=1), unit)
-        else:
-            self.train_freq = to_int("train_freq", self.train_freq, at_least=1)
-        check_floats(self, FLOATS, schedules=("learning_rate",))
-        for name in ("normalize_q_loss", "balanced_sampling", "compile"):
-            setattr(self, name, to_bool(name, getattr(self, name)))
-        if self.env is not None:
-            distributed.share("batch_size", self.batch_size)
-        assert isinstance(self.action_space, spaces.Box)
-        if (
-            not np.issubdtype(self.action_space.dtype, np.floating)
-            or not (self.action_space.high > self.action_space.low).all()
-        ):
-            raise ValueError(f"The action space must be real numbers, with low < high, it is {self.action_space}")
-
-    def _setup_model(self) -> None:
-        self._check_arguments()
-        # Another may be given to a model that is loaded
-        self.dataset = dataset_name(self.dataset) or self.dataset
-        if self._has_default_replay_buffer and self.replay_buffer_class is NStepReplayBuffer:
-            # Chosen before the model was saved: `n_steps` and `gamma` may be others when it is loaded
-            self.replay_buffer_class = None
-            self.replay_buffer_kwargs = {
-                name: value for name, value in self.replay_buffer_kwargs.items() if name not in ("n_steps", "gamma")
-            }
-        super()._setup_model()
-        self._create_aliases()
-        # Running mean and running var
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
-
-    def _create_aliases(self) -> None:
-        self.actor = self.policy.actor
-        self.bc_flow = self.policy.bc_flow
-        self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
-
-    def set_dataset(
-        self,
-        dataset: Dataset | list[Dataset],
-        validation: Dataset | list[Dataset] | float | None = None,
-        clip_actions: bool = False,
-        device: th.device | str | None = None,
-        **kwargs,
-    ) -> None:
-        """
-        Load the dataset to learn offline from, in place of the one before.
-
-        ``reward_scale`` and ``reward_shift`` hold for the dataset and for what is collected online alike (they act on the
-        batches, and the logs of episodes have the rewards of the environment). Those of before hold if they are not given.
-
-        With ``need_rewards=False`` the dataset is only cloned: the critics are not trained, and the one-step policy is
-        distilled from the flow without a Q term.
-
-        :param dataset: See :func:`sb3_flow.common.datasets.load_dataset`
-        :param validation: What to hold out, to log its losses (``validation/*``): another dataset, or a fraction, between
-            0 and 1, of the episodes of this one
-        :param clip_actions: Whether to clip actions that are out of the bounds of the action space, instead of refusing
-            the dataset
-        :param device: Device that holds the dataset, that of the model if None. Batches are moved to that of the model:
-            with "cpu", the dataset may be larger than the memory of a GPU.
-        :param kwargs: Keyword arguments to pass to :func:`sb3_flow.common.datasets.load_dataset`
-        :raises ValueError: if it does not fit the spaces of the environment, naming the field and the row
-        """
-        if not isinstance(clip_actions, (bool, np.bool_)):
-            raise ValueError(f"`clip_actions` must be True or False, it is {clip_actions!r}")
-        # The task is the same with another dataset
-        kwargs = {name: value for name, value in self.dataset_kwargs.items() if name in REWARD_ARGUMENTS} | kwargs
-        options = dict(clip_actions=clip_actions, device=device) | kwargs
-        buffer, validation_buffer = self._load_buffer(dataset, **options), None
-        remembered: Any = validation
-        if isinstance(validation, (int, float, np.number)):
-            if not 0 < validation < 1:
-                raise ValueError(f"`validation` must be a dataset, or a fraction between 0 and 1, it is {validation}")
-            buffer, validation_buffer = buffer.split(float(validation))
-        elif validation is not None:
-            try:
-                validation_buffer = self._load_buffer(validation, **options)
-            except ValueError as error:
-                raise ValueError(f"`validation`: {error}") from error
-            remembered = dataset_name(validation)
-        self.offline_buffer, self.validation_buffer = buffer, validation_buffer
-        self._has_dataset, self._has_validation = True, validation is not None
-        self.learning_starts = 0
-        # Only what can be loaded again is worth remembering
-        self.dataset, self.dataset_kwargs = dataset_name(dataset), dict(validation=remembered) | options
-
-    def _load_buffer(
-        self, dataset: Dataset | list[Dataset], clip_actions: bool, device: th.device | str | None, **kwargs
-    ) -> OfflineBuffer:
-        rewards = {name: kwargs.pop(name) for name in REWARD_ARGUMENTS if name in kwargs}
-        check_reward_arguments(**rewards)
-        transitions = load_dataset(dataset, **kwargs)
-        observations, next_observations = (
-            fit_observations(obs, self.observation_space) for obs in (transitions.observations, transitions.next_observations)
-        )
-        transitions = replace(transitions, observations=observations, next_observations=next_observations)
-        n_stack = self._n_stack(transitions)
-        check_transitions(transitions, self.observation_space, self.action_space, n_stack, clip_actions)
-        # In [-1, 1] inside, as SB3 does, and in single precision. Arrays of the user's own are not touched
-        assert isinstance(self.action_space, spaces.Box)
-        middle, half_range = middle_and_half_range(self.action_space)
-        actions = np.empty_like(transitions.actions) if dataset_name(dataset) is None else transitions.actions
-        np.subtract(transitions.actions, middle, out=actions)
-        actions /= half_range
-        np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
-        transitions = replace(transitions, actions=actions)
-        return OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device)
-
-    def _load_dataset(self) -> None:
-        """After a model was loaded, its dataset is."""
-        if self.offline_buffer is None and self.dataset is not None:
-            if self._has_validation and self.dataset_kwargs.get("validation") is None:
-                warnings.warn(
-                    "What was held out for validation was given as arrays, which are not saved, or it was left out when the "
-                    "model was loaded: call `set_dataset()` with `validation` to go on logging its losses"
-                )
-            try:
-                self.set_dataset(self.dataset, **self.dataset_kwargs)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    f"{error}. The model learned from it: load it with `dataset=` where the dataset is now, "
-                    "or with `dataset=None` to go on without it"
-                ) from error
-
-    @property
-    def _reward_arguments(self) -> dict[str, Any]:
-        return {name: self.dataset_kwargs.get(name, default) for name, default in REWARD_ARGUMENTS.items()}
-
-    @property
-    def _only_clones(self) -> bool:
-        return self.offline_buffer is not None and not self.dataset_kwargs.get("need_rewards", True)
-
-    def _n_stack(self, transitions: Transitions) -> int:
-        """Observations are stacked as the environment does it, unless those of the dataset are already."""
-        frame_stack = None if self.env is None else unwrap_vec_wrapper(self.env, VecFrameStack)
-        observations: Any = transitions.observations
-        space = self.observation_space
-        while isinstance(observations, dict) and isinstance(space, spaces.Dict):
-            key = next(iter(space.spaces))
-            observations, space = observations.get(key), space.spaces[key]
-        is_stacked = isinstance(observations, np.ndarray) and observations.shape[1:] == space.shape
-        return 1 if frame_stack is None or is_stacked else frame_stack.stacked_obs.n_stack
-
-    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
-        """
-        Sample the dataset and the replay buffer and update all networks.
-
-        :param gradient_steps: Number of updates
-        :param batch_size: Minibatch size
-        :raises ValueError: if a loss is not finite, before it changes the weights
-        """
-        # Update optimizer learning rate
-        self._update_learning_rate(self.policy.optimizer)
-        if self.compile and gradient_steps > 0 and self._train_in_graph(gradient_steps, batch_size):
-            return
-        # Switch to train mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(True)
-
-        logged = []
-        for _ in range(gradient_steps):
-            loss, values = self._losses(self._sample(distributed.share("batch_size", batch_size)))
-            # The device is waited for once
-            logged.append(distributed.mean(th.stack(list(values.values())).detach()).tolist())
-            if not np.isfinite(logged[-1]).all():
-                raise ValueError(_not_finite(dict(zip(values, logged[-1], strict=True))))
-            self._optimization_step(loss)
-
-        self._n_updates += gradient_steps
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self._record_losses(values, logged)
-
-    def _record_losses(self, names: Iterable[str], losses: list[list[float]]) -> None:
-        for name, value in zip(names, np.mean(losses, axis=0), strict=True):
-            self.logger.record(f"train/{name}", float(value))
-
-    def _optimization_step(self, loss: th.Tensor) -> None:
-        """:param loss: Of a batch"""
-        self._backward(loss)
-        # The target network follows the weights from before the update, as in the authors' code
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-        # Copy running stats, see SB3's GH issue #996
-        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
-        self.policy.optimizer.step()
-
-    def _backward(self, loss: th.Tensor) -> None:
-        """:param loss: Of a batch"""
-        self.policy.optimizer.zero_grad()
-        loss.backward()
-        distributed.average_gradients(self.policy.parameters())
-
-    def _train_in_graph(self, gradient_steps: int, batch_size: int) -> bool:
-        """
-        :meth:`train` with captured updates, which are queued: nothing is waited for.
-
-        :param gradient_steps: Number of updates
-        :param batch_size: Minibatch size
-        :return: whether there is a graph for them
-        """
-        values = []
-        for _ in range(gradient_steps):
-            samples = self._samples_in_graph()
-            if not self._has_graphs(samples, batch_size):
-                # (nor has it had any before)
-                return False
-            update = self._captured_update(None if samples else self._sample(batch_size), batch_size)
-            values.append(update())
-        self._n_updates += gradient_steps
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self._graphs.unread = update.names, values
-        if not self._graphs.is_queue:
-            self._wait_for_graphs()
-        return True
-
-    def _samples_in_graph(self) -> bool:
-        """Whether a batch is drawn from the dataset only, by the device, and nothing that is done to it depends on chance."""
-        buffer = self.offline_buffer
-        return (
-            type(buffer) is OfflineBuffer
-            and buffer.storage_device == buffer.device == self.device
-            and (self._only_clones or self._n_online() == 0)
-            and self.random_crop == 0
-            and self._vec_normalize_env is None
-        )
-
-    def _has_graphs(self, samples: bool, batch_size: int) -> bool:
-        """
-        :param samples: Whether the batch is drawn in them
-        :param batch_size: Number of transitions
-        :return: whether updates are captured. Those that cannot be replayed any more are forgotten.
-        """
-        graphs, policy = self._graphs, self.policy
-        key = (
-            [getattr(self, name) for name in IN_GRAPH],
-            (self.actor, self.bc_flow, self.critic, self.critic_target),
-            self._reward_arguments,
-            self._only_clones,
-            (batch_size, attributes_state(self.offline_buffer)) if samples else None,
-            global_state(),
-            has_replaced_methods(self, FQL),
-        )
-        if not graphs.is_current(key, policy, policy.optimizer):
-            # (there may only have been an evaluation)
-            policy.set_training_mode(True)
-            if not graphs.is_current(key, policy, policy.optimizer):
-                self._wait_for_graphs()
-                graphs.restart(self._find_obstacle(), key, policy, policy.optimizer)
-        return graphs.obstacle is None
-
-    def _captured_update(self, batch: ReplayBufferSamples | DictReplayBufferSamples | None, batch_size: int) -> CapturedUpdate:
-        """
-        :param batch: Transitions, None to draw them in the graph
-        :param batch_size: Number of transitions
-        :return: an update of all networks in a graph
-        """
-        graphs = self._graphs
-        name = None if batch is None else (*(column is None for column in batch), layout(batch))
-        if name not in graphs:
-            static = clone(batch)
-
-            def losses() -> tuple[th.Tensor, dict[str, th.Tensor]]:
-                if static is not None:
-                    return self._losses(static)
-                assert self.offline_buffer is not None
-                return self._losses(self._prepare(self.offline_buffer.sample(batch_size)))
-
-            graphs[name] = static, CapturedUpdate(
-                self.policy.optimizer, losses, self._backward, self.device, graphs.guards, self._update_target
-            )
-        static, update = graphs[name]
-        if static is not None:
-            copy_into(static, batch)
-        return update
-
-    def _update_target(self, is_finite: th.Tensor) -> None:
-        """
-        Polyak update, as in :meth:`_optimization_step`.
-
-        :param is_finite: One, or zero for none
-        """
-        with th.no_grad():
-            targets: list[th.Tensor] = [*self.critic_target.parameters()]
-            parameters: list[th.Tensor] = [*self.critic.parameters()]
-            changes = [*th._foreach_sub(parameters, targets)]
-            th._foreach_mul_(changes, self.tau * is_finite)
-            th._foreach_add_(targets, changes)
-
-    def _find_obstacle(self) -> str | None:
-        if has_replaced_methods(self, FQL):
-            return f"{type(self).__name__} is an algorithm of its own"
-        if self.bc_flow.sampler not in CAPTURED_SAMPLERS:
-            return f'the sampler "{self.bc_flow.sampler}" waits for the device'
-        if type(self.policy) not in self.policy_aliases.values():
-            return f"{type(self.policy).__name__} is a policy of its own"
-        if (self.actor, self.bc_flow, self.critic, self.critic_target) != tuple(self.policy.children()):
-            return "the networks of the policy were replaced"
-        return find_obstacle(self.policy, [type(self.policy), OneStepActor, BCFlow, EnsembleCritic], self.policy.optimizer)
-
-    def _wait_for_graphs(self) -> None:
-        """
-        Wait for the updates that are queued, and record their losses.
-
-        :raises ValueError: if one of them was not finite: neither it nor those after it changed the weights
-        """
-        failure, self._graphs.unread, (names, values) = self._graphs.failure(), ((), []), self._graphs.unread
-        if failure is not None:
-            raise ValueError(_not_finite(failure))
-        if values:
-            self._record_losses(names, th.stack(values).tolist())
+        check_floats(self, dict(alpha=NOT_NEGATIVE))
+        self.normalize_q_loss = to_bool("normalize_q_loss", self.normalize_q_loss)
+        super()._check_arguments()
 
     def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
@@ -602,16 +231,6 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
         q_values = self.critic(batch.observations, batch.actions)
         return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
 
-    def _bc_flow_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
-        """
-        :param batch: Transitions
-        :return: CFM loss of the flow, for the actions of the batch
-        """
-        noise = th.randn_like(batch.actions)
-        timesteps = th.rand(len(noise), device=self.device)
-        velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
-        return cfm_loss(velocity, batch.actions, noise, timesteps).mean()
-
     def _actor_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: Transitions
@@ -649,62 +268,9 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
                 parameter.requires_grad_(True)
         return actions, q_values
 
-    def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
-        """
-        A batch from the dataset, the replay buffer, or both.
+    def _has_replaced_methods(self) -> bool:
+        return has_replaced_methods(self, FQL)
 
-        :param batch_size: Number of transitions
-        :return: transitions, with augmented images if there are any
-        """
-        n_online = self._n_online()
-        if self.offline_buffer is None:
-            n_from_replay = batch_size
-        elif n_online == 0 or self._only_clones:
-            n_from_replay = 0
-        elif self.balanced_sampling:
-            # Half of the batch of all processes together
-            n_from_replay = (batch_size * distributed.world_size() // 2 + distributed.rank()) // distributed.world_size()
-        else:
-            # Each process has its part of what was collected, and the whole dataset
-            n_online *= distributed.world_size()
-            n_from_replay = int(np.random.binomial(batch_size, n_online / (n_online + len(self.offline_buffer))))
-            if n_from_replay == 1 and isinstance(self.replay_buffer, HerReplayBuffer):
-                # Of a single transition it would relabel none, and ask the environment for the rewards of nothing
-                n_from_replay = min(2, batch_size)
-
-        parts: list[Any] = []
-        if n_from_replay < batch_size:
-            assert self.offline_buffer is not None
-            parts.append(self.offline_buffer.sample(batch_size - n_from_replay, env=self._vec_normalize_env))
-        if n_from_replay > 0:
-            assert self.replay_buffer is not None
-            parts.append(self.replay_buffer.sample(n_from_replay, env=self._vec_normalize_env))
-        batch = parts[0] if len(parts) == 1 else concatenate_samples(parts[0], parts[1], self.gamma)
-        batch = self._prepare(batch)
-        if self.random_crop > 0 and th.rand(()) < self.random_crop_probability:
-            batch = self._augment(batch)
-        return batch
-
-    def _prepare(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> ReplayBufferSamples | DictReplayBufferSamples:
-        """What is done to all transitions, wherever they come from."""
-        return transform_rewards(fill_terminal_observations(batch), self.gamma, **self._reward_arguments)
-
-    def _n_online(self) -> int:
-        """Number of transitions in the replay buffer that can be sampled."""
-        if self.replay_buffer is None:
-            return 0
-        if isinstance(self.replay_buffer, HerReplayBuffer):
-            # Those of the episodes that are over
-            return int((self.replay_buffer.ep_length > 0).sum())
-        return self.replay_buffer.size() * self.replay_buffer.n_envs
-
-    def _augment(self, batch: ReplayBufferSamples | DictReplayBufferSamples):
-        """Crop the images of each transition at random, its observation and its next observation alike."""
-        shift = th.randint(2 * self.random_crop + 1, (2, len(batch.actions)), device=self.device)
-        crops = [map_arrays(lambda obs: random_crop(obs, self.random_crop, shift), obs) for obs in batch[::2][:2]]
-        return batch._replace(observations=crops[0], next_observations=crops[1])
-
-    @learns_together
     def learn_offline(
         self: SelfFQL,
         gradient_steps: int,
@@ -714,111 +280,8 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfFQL:
-        """
-        Learn from the dataset, without a step in the environment. Here ``num_timesteps``, which callbacks and logs
-        have on their x axis, counts gradient steps.
+        return super().learn_offline(gradient_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-        :param gradient_steps: The total number of gradient steps
-        :param callback: callback(s) called at every step
-        :param log_interval: The number of gradient steps before logging
-        :param tb_log_name: the name of the run for TensorBoard logging
-        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
-        :param progress_bar: Display a progress bar using tqdm and rich.
-        :return: the trained model
-        :raises ValueError: if there is no dataset, or no environment, or an argument is out of its range
-        """
-        gradient_steps = to_int("gradient_steps", gradient_steps, at_least=0)
-        self._learn_offline(gradient_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        return self
-
-    def _learn_offline(
-        self,
-        gradient_steps: int,
-        callback: MaybeCallback,
-        log_interval: int | None,
-        tb_log_name: str,
-        reset_num_timesteps: bool,
-        progress_bar: bool,
-    ) -> bool:
-        """:return: False if a callback stopped it"""
-        self._load_dataset()
-        if self.offline_buffer is None:
-            raise ValueError("There is no dataset: pass `dataset` to the constructor, or call `set_dataset()`")
-        if self.env is None:
-            raise ValueError("There is no environment: pass `env` to `load()`, or call `set_env()`")
-        if progress_bar:
-            parts = callback if isinstance(callback, list) else [] if callback is None else [callback]
-            callbacks = [part if isinstance(part, BaseCallback) else ConvertCallback(part) for part in parts]
-            callback = CallbackList([*callbacks, _GradientStepProgressBar()])
-        total_timesteps, callback = self._setup_learn_offline(gradient_steps, callback, reset_num_timesteps, tb_log_name)
-        callback.on_training_start(locals(), globals())
-        # What callbacks look for: no episode ends here
-        dones = np.zeros(self.n_envs, dtype=bool)
-        infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
-
-        # Of a training that was interrupted
-        self._wait_for_graphs()
-        continue_training = True
-        self._graphs.is_queue = True
-        try:
-            while self.num_timesteps < total_timesteps and continue_training:
-                # The learning rate, if it is a schedule, goes over both phases
-                self._update_current_progress_remaining(self.num_timesteps, total_timesteps + self._steps_after_offline)
-                self.train(gradient_steps=1, batch_size=self.batch_size)
-                self.num_timesteps += 1
-                self._n_offline_updates += 1
-                callback.update_locals(locals())
-                continue_training = self._meet(callback.on_step())
-                if log_interval is not None and self.num_timesteps % log_interval == 0:
-                    self.dump_logs()
-        finally:
-            self._graphs.is_queue = False
-
-        self._wait_for_graphs()
-        callback.on_training_end()
-        return continue_training
-
-    def _setup_learn(self, *args, **kwargs) -> tuple[int, BaseCallback]:
-        for buffer in (self.offline_buffer, self.replay_buffer):
-            if getattr(buffer, "n_steps", 1) > 1:
-                # (those of several steps have one)
-                gamma = buffer.gamma  # type: ignore[union-attr]
-                if gamma != self.gamma:
-                    raise ValueError(f"`gamma` is {self.gamma}, but {gamma} in the returns of {type(buffer).__name__}")
-                if gamma == 1 and self._reward_arguments["reward_shift"] != 0:
-                    raise ValueError("`reward_shift` with returns of several steps needs a `gamma` of less than 1")
-        normalization = self._vec_normalize_env
-        if normalization is not None:
-            assert self.env is not None
-            if normalization.norm_reward and self._reward_arguments != REWARD_ARGUMENTS:
-                raise ValueError(
-                    "`reward_scale` and `reward_shift` are for the rewards of the environment, but `VecNormalize` divides "
-                    "them by their own statistics: make it with `norm_reward=False`"
-                )
-            if unwrap_vec_wrapper(normalization, VecFrameStack) is not unwrap_vec_wrapper(self.env, VecFrameStack):
-                raise ValueError("`VecNormalize` must be around `VecFrameStack`, not inside: what is stored is not normalized")
-            if self.offline_buffer is not None:
-                self.offline_buffer.fit_normalization(normalization)
-        return super()._setup_learn(*args, **kwargs)
-
-    def _setup_learn_offline(
-        self, gradient_steps: int, callback: MaybeCallback, reset_num_timesteps: bool, tb_log_name: str
-    ) -> tuple[int, BaseCallback]:
-        """As SB3 does it for ``learn()``, but that the environment is not touched: it is not reset."""
-        if reset_num_timesteps:
-            self.num_timesteps, self._episode_num, self.ep_info_buffer = 0, 0, None
-        has_custom_logger, last_obs = self._custom_logger, self._last_obs
-        if not has_custom_logger:
-            self.set_logger(configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps))
-        if last_obs is None:
-            # Without an observation, or with another number of timesteps, SB3 resets the environment
-            self._last_obs = np.empty(0)
-        try:
-            return self._setup_learn(gradient_steps, callback, reset_num_timesteps=False)
-        finally:
-            self._custom_logger, self._last_obs = has_custom_logger, last_obs
-
-    @learns_together
     def learn(
         self: SelfFQL,
         total_timesteps: int,
@@ -828,141 +291,4 @@ class FQL(CheckedLoad, DistributedOffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfFQL:
-        """
-        Learn online, after what remains of the ``offline_steps``. The number of timesteps then goes on from there.
-
-        :param total_timesteps: The total number of steps in the environment
-        :param callback: callback(s) called at every step
-        :param log_interval: The number of episodes before logging (offline, every 1000 gradient steps, or never if None)
-        :param tb_log_name: the name of the run for TensorBoard logging
-        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
-        :param progress_bar: Display a progress bar using tqdm and rich.
-        :return: the trained model
-        :raises ValueError: if the replay buffer is too small to learn online, or the dataset has no rewards,
-            or an argument is out of its range
-        """
-        total_timesteps = to_int("total_timesteps", total_timesteps, at_least=0)
-        self._load_dataset()
-        if total_timesteps > 0 and self._only_clones:
-            raise ValueError("With `need_rewards=False` a dataset is only cloned: `learn_offline()` or `learn(0)`, not online")
-        if total_timesteps > 1 and self.buffer_size < 2 and self._has_dataset:
-            # Enough to learn offline
-            raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
-        if self._has_dataset and self.offline_buffer is None:
-            warnings.warn(
-                "The dataset was given as arrays, which are not saved, or it was left out when the model was loaded: "
-                "call `set_dataset()` to go on learning from it"
-            )
-        assert self.replay_buffer is not None
-        if total_timesteps > 0 and self._has_dataset and not self.replay_buffer.handle_timeout_termination:
-            warnings.warn(
-                "With `handle_timeout_termination=False` an episode that ends by its time limit is over for what is collected "
-                "online, but not for the dataset"
-            )
-        offline_steps = self.offline_steps - self._n_offline_updates
-        if offline_steps > 0:
-            reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
-            self._steps_after_offline = total_timesteps
-            try:
-                if not self._learn_offline(
-                    offline_steps,
-                    callback,
-                    None if log_interval is None else OFFLINE_LOG_INTERVAL,
-                    tb_log_name,
-                    reset_num_timesteps,
-                    progress_bar,
-                ):
-                    return self
-            finally:
-                self._steps_after_offline = 0
-            reset_num_timesteps = False
-        if total_timesteps == 0:
-            return self
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
-
-    def _settings_of_all(self) -> dict[str, Any]:
-        return super()._settings_of_all() | dict(
-            n_transitions=0 if self.offline_buffer is None else len(self.offline_buffer), only_clones=self._only_clones
-        )
-
-    def dump_logs(self) -> None:
-        """
-        Write log data, with the losses of what is held out for validation. Training does not depend on them.
-        """
-        self._wait_for_graphs()
-        if self.validation_buffer is not None and distributed.rank() == 0:
-            training = self.policy.training
-            self.policy.set_training_mode(False)
-            devices = [self.device] if self.device.type == "cuda" else []
-            with th.no_grad(), th.random.fork_rng(devices), distributed.alone():
-                batch = self._prepare(self.validation_buffer.sample(self.batch_size, env=self._vec_normalize_env))
-                for name, value in self._losses(batch)[1].items():
-                    self.logger.record(f"validation/{name}", value.item())
-            self.policy.set_training_mode(training)
-        super().dump_logs()
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file.
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
-        """
-        self._wait_for_graphs()
-        # The policy is created from its arguments again
-        self.policy_kwargs = self.policy_kwargs | self.policy.changed_sampler
-        super().save(path, exclude, include)
-
-    def _excluded_save_params(self) -> list[str]:
-        excluded = ["_graphs", "actor", "bc_flow", "critic", "critic_target", "offline_buffer", "validation_buffer"]
-        # Arrays that a loaded model has not been trained on yet
-        excluded += ["dataset"] if dataset_name(self.dataset) is None else []
-        return [*super()._excluded_save_params(), *excluded]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "policy.optimizer"], []
-
-
-def _not_finite(losses: dict[str, float]) -> str:
-    parts = ", ".join(f"{name.removesuffix('_loss')}: {value}" for name, value in losses.items())
-    return f"The loss is not finite ({parts}): training stopped before it reached the weights"
-
-
-def random_crop(images: th.Tensor, padding: int, shift: th.Tensor) -> th.Tensor:
-    """
-    Shift images by up to ``padding`` pixels, repeating their borders. What is not an image is returned as it is.
-
-    :param images: (batch, channels, height, width)
-    :param padding: Largest shift, in pixels
-    :param shift: rows and columns to crop at, in 0..2 * padding, (2, batch)
-    :return: like the images
-    """
-    if images.dim() != 4:
-        return images
-    batch, _, height, width = images.shape
-    padded = F.pad(images.float(), [padding] * 4, mode="replicate").to(images.dtype)
-    rows = shift[0].view(batch, 1, 1) + th.arange(height, device=images.device).view(1, height, 1)
-    columns = shift[1].view(batch, 1, 1) + th.arange(width, device=images.device).view(1, 1, width)
-    index = th.arange(batch, device=images.device).view(batch, 1, 1)
-    return padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2)
-
-
-class _GradientStepProgressBar(ProgressBarCallback):
-    """SB3's progress bar, for steps that do not depend on the number of environments."""
-
-    def _on_step(self) -> bool:
-        self.pbar.update(1)
-        return True
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -6,8 +6,8 @@ from sb3_flow.zoo.errors import user_input
 
 def datasets() -> None:
     """Print what is in an offline dataset: sb3-flow datasets info SPEC."""
-    from sb3_flow.common.datasets import load_dataset
-    from sb3_flow.common.transitions import check_transitions
+    from sb3_flow.offline.datasets import load_dataset
+    from sb3_flow.offline.transitions import check_transitions
 
     parser = Parser(prog="sb3-flow datasets", description=datasets.__doc__)
     parser.add_argument("action", choices=["info"])

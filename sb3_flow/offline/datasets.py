@@ -1,7 +1,7 @@
 """
 Offline datasets: OGBench, Minari, D4RL, d3rlpy, robomimic and others in HDF5, ``.npz``, arrays in memory, lists of transitions
 or episodes, tables, and SB3's replay buffers, in one structure. What their arrays may be called is the table in
-:mod:`sb3_flow.common.layouts`.
+:mod:`sb3_flow.offline.layouts`.
 
 Nothing that is loaded is ever executed: pickles, and pickled arrays in ``.npz`` files, are read only if the caller says
 ``allow_pickle=True``.
@@ -31,8 +31,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
-from sb3_flow.common.layouts import describe, find_array, has_role, recognise, stack, warn_of_unknown
-from sb3_flow.common.transitions import DatasetWarning, Transitions, join, map_arrays, named_arrays
+from sb3_flow.offline.layouts import describe, find_array, has_role, recognise, stack, warn_of_unknown
+from sb3_flow.offline.transitions import DatasetWarning, Transitions, join, map_arrays, named_arrays
 
 
 @contextmanager
@@ -436,7 +436,7 @@ def load_dataset(
         - the path of an HDF5 file (``.hdf5``, ``.h5``), see :func:`load_hdf5`, or of an ``.npz`` file, see :func:`load_npz`
         - the path of a ``.pkl`` file that holds one of the following, with ``allow_pickle=True``
         - arrays or tensors by name (a dictionary, a table of pandas), one of it for each episode, or a list of
-          transitions, each a dictionary: see :mod:`sb3_flow.common.layouts` for the names
+          transitions, each a dictionary: see :mod:`sb3_flow.offline.layouts` for the names
         - a replay buffer of SB3, or :class:`Transitions`
     :param allow_pickle: Whether pickles may be loaded. This runs code from the file: only for files you trust.
     :param reward_scale: Factor of all rewards
@@ -552,7 +552,7 @@ def _load_object(dataset: Any, need_rewards: bool) -> Transitions:
     if mapping is None:
         raise ValueError(
             f"A dataset cannot be a {type(dataset).__name__}: it must be arrays by name (a dictionary), or the file that they "
-            "are in, as sb3_flow.common.datasets.load_dataset explains"
+            "are in, as sb3_flow.offline.datasets.load_dataset explains"
         )
     return _from_mapping(mapping, need_rewards)
 

@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_flow.common.transitions import Observations, Transitions, map_arrays
+from sb3_flow.offline.transitions import Observations, Transitions, map_arrays
 
 
 class OfflineBuffer:

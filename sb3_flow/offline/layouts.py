@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sb3_flow.common.transitions import DatasetWarning, as_source, check_lengths, named_arrays, read_column, read_flags
+from sb3_flow.offline.transitions import DatasetWarning, as_source, check_lengths, named_arrays, read_column, read_flags
 
 
 class Names(NamedTuple):
