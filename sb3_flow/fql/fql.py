@@ -16,18 +16,16 @@ from torch.nn import functional as F
 from sb3_flow import distributed
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
 from sb3_flow.common.cuda_graphs import has_replaced_methods, in_parallel
-from sb3_flow.common.flow import check_choice
 from sb3_flow.fql.policies import CnnPolicy, FQLPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import OneStepActor
+from sb3_flow.offline.values import aggregate, td_target
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
 
 #: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
-IN_GRAPH = ("alpha", "q_agg", "normalize_q_loss", "gamma", "tau")
-#: How the critics are put together.
-Q_AGGREGATIONS = ("mean", "min")
+IN_GRAPH = ("alpha", "q_agg", "rho", "normalize_q_loss", "gamma", "tau")
 
 
 class FQL(OfflineAlgorithm):
@@ -49,6 +47,8 @@ class FQL(OfflineAlgorithm):
     :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
     :param alpha: Weight of the distillation (behavioral cloning) in the loss of the one-step policy
     :param q_agg: How the critics are put together for the target: "mean" or "min"
+    :param rho: How many of their standard deviations are subtracted from the mean of the critics for the target, for ensembles
+        of about ten (``policy_kwargs=dict(n_critics=10)``, with 0.5). Must be 0 with "min".
     :param normalize_q_loss: Whether to divide the Q term by the mean absolute Q-value, so that ``alpha`` depends less
         on the task
     :param balanced_sampling: Whether to draw half of each batch from the dataset and half from the replay buffer,
@@ -101,8 +101,8 @@ class FQL(OfflineAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    network_names = ("actor", "bc_flow", "critic", "critic_target")
     in_graph = IN_GRAPH
+    can_clone = True
     policy: FQLPolicy
     actor: OneStepActor
 
@@ -115,6 +115,7 @@ class FQL(OfflineAlgorithm):
         offline_steps: int = 0,
         alpha: float = 10.0,
         q_agg: str = "mean",
+        rho: float = 0.0,
         normalize_q_loss: bool = False,
         balanced_sampling: bool = False,
         learning_rate: float | Schedule = 3e-4,
@@ -176,6 +177,7 @@ class FQL(OfflineAlgorithm):
 
         self.alpha = alpha
         self.q_agg = q_agg
+        self.rho = rho
         self.normalize_q_loss = normalize_q_loss
 
         if _init_setup_model:
@@ -184,8 +186,8 @@ class FQL(OfflineAlgorithm):
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
     def _check_arguments(self) -> None:
-        check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
         check_floats(self, dict(alpha=NOT_NEGATIVE))
+        self._check_aggregation()
         self.normalize_q_loss = to_bool("normalize_q_loss", self.normalize_q_loss)
         super()._check_arguments()
 
@@ -197,13 +199,13 @@ class FQL(OfflineAlgorithm):
         :return: the loss, and what is logged of it
         """
         if self._only_clones:
-            bc_flow_loss, (distill_loss, _) = self._bc_flow_loss(batch), self._actor_losses(batch)
+            bc_flow_loss, (distill_loss, _) = self._bc_flow_losses(batch).mean(), self._actor_losses(batch)
             return bc_flow_loss + distill_loss, dict(bc_flow_loss=bc_flow_loss, distill_loss=distill_loss)
         (critic_loss, q_values), bc_flow_loss, (distill_loss, q_loss) = in_parallel(
             # Critic: TD learning with the actions of the one-step policy
             lambda: self._critic_loss(batch),
             # Flow: behavioral cloning
-            lambda: self._bc_flow_loss(batch),
+            lambda: self._bc_flow_losses(batch).mean(),
             # One-step policy: value maximisation and distillation of the flow
             lambda: self._actor_losses(batch),
         )
@@ -220,14 +222,11 @@ class FQL(OfflineAlgorithm):
         :param batch: Transitions
         :return: mean squared TD error over the critics, and their Q-values, (n_critics, batch)
         """
-        # For n-step replay, discount factor is gamma**n_steps (when no early termination)
-        discounts = self.gamma if batch.discounts is None else batch.discounts.flatten()
         with th.no_grad():
             # Select action according to the one-step policy. It has no target network
             next_actions = self.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
-            next_q_values = self.critic_target(batch.next_observations, next_actions)
-            next_q_values = next_q_values.mean(dim=0) if self.q_agg == "mean" else next_q_values.min(dim=0).values
-            target_q_values = batch.rewards.flatten() + (1 - batch.dones.flatten()) * discounts * next_q_values
+            next_q_values = aggregate(self.critic_target(batch.next_observations, next_actions), self.q_agg, self.rho)
+            target_q_values = td_target(batch, next_q_values, self.gamma)
         q_values = self.critic(batch.observations, batch.actions)
         return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
 
@@ -256,16 +255,8 @@ class FQL(OfflineAlgorithm):
         :return: actions of the one-step policy, not clipped, (batch, action_dim), and their values, (batch,)
         """
         actions = self.actor.unclipped_actions(batch.observations, noise)
-        # The critics are held fixed (some of their parameters may be anyway)
-        trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
+        with self._critic_held_fixed():
             q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
-        finally:
-            # (Ctrl-C, or too little memory, and then the training goes on)
-            for parameter in trained:
-                parameter.requires_grad_(True)
         return actions, q_values
 
     def _has_replaced_methods(self) -> bool:

@@ -1,9 +1,10 @@
 """What the offline algorithms share: datasets, offline and online phases, updates of a flow policy and its critics."""
 
+import contextlib
 import io
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -41,12 +42,13 @@ from sb3_flow.common.cuda_graphs import (
     layout,
 )
 from sb3_flow.common.distributed_algorithm import DistributedOffPolicyAlgorithm, learns_together
-from sb3_flow.common.flow import cfm_loss, interpolate
+from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.offline.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
 from sb3_flow.offline.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.offline.policies import NETWORKS, BCFlow, EnsembleCritic
 from sb3_flow.offline.transitions import Transitions, check_transitions, fit_observations, map_arrays
+from sb3_flow.offline.values import Q_AGGREGATIONS
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
 
@@ -116,14 +118,16 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     :raises ValueError: if an argument is out of its range
     """
 
-    #: Networks of the policy, in its order: attributes of the algorithm too
-    network_names: ClassVar[tuple[str, ...]]
     #: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
-    in_graph: ClassVar[tuple[str, ...]]
+    in_graph: ClassVar[tuple[str, ...]] = ()
+    #: Whether a dataset without rewards can be cloned
+    can_clone: ClassVar[bool] = False
     policy: Any
     bc_flow: BCFlow
     critic: EnsembleCritic
     critic_target: EnsembleCritic
+    q_agg: str
+    rho: float
 
     def __init__(
         self,
@@ -236,6 +240,13 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         ):
             raise ValueError(f"The action space must be real numbers, with low < high, it is {self.action_space}")
 
+    def _check_aggregation(self) -> None:
+        """Of those that have critics."""
+        check_choice("q_agg", self.q_agg, Q_AGGREGATIONS)
+        check_floats(self, dict(rho=NOT_NEGATIVE))
+        if self.rho > 0 and self.q_agg != "mean":
+            raise ValueError(f'`rho` must be 0 with `q_agg="{self.q_agg}"`, it is {self.rho}: it is subtracted from the mean')
+
     def _setup_model(self) -> None:
         self._check_arguments()
         # Another may be given to a model that is loaded
@@ -248,16 +259,21 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             }
         super()._setup_model()
         self._create_aliases()
-        # Running mean and running var
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        if self._has_critics:
+            # Running mean and running var
+            self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+            self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+
+    @property
+    def _has_critics(self) -> bool:
+        return "critic" in self.policy.network_names
 
     def _create_aliases(self) -> None:
-        for name in self.network_names:
+        for name in self.policy.network_names:
             setattr(self, name, getattr(self.policy, name))
 
     def _networks(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.network_names)
+        return tuple(getattr(self, name) for name in self.policy.network_names)
 
     def set_dataset(
         self,
@@ -273,8 +289,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         ``reward_scale`` and ``reward_shift`` hold for the dataset and for what is collected online alike (they act on the
         batches, and the logs of episodes have the rewards of the environment). Those of before hold if they are not given.
 
-        With ``need_rewards=False`` the dataset is only cloned: the critics are not trained, and the one-step policy is
-        distilled from the flow without a Q term.
+        With ``need_rewards=False`` the dataset is only cloned, by FQL (its critics are not trained, and its one-step policy is
+        distilled from the flow without a Q term) and FlowBC.
 
         :param dataset: See :func:`sb3_flow.offline.datasets.load_dataset`
         :param validation: What to hold out, to log its losses (``validation/*``): another dataset, or a fraction, between
@@ -288,6 +304,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         """
         if not isinstance(clip_actions, (bool, np.bool_)):
             raise ValueError(f"`clip_actions` must be True or False, it is {clip_actions!r}")
+        if not kwargs.get("need_rewards", True) and not self.can_clone:
+            raise ValueError(f"`need_rewards` must be True: {type(self).__name__} learns values. FlowBC clones without")
         # The task is the same with another dataset
         kwargs = {name: value for name, value in self.dataset_kwargs.items() if name in REWARD_ARGUMENTS} | kwargs
         options = dict(clip_actions=clip_actions, device=device) | kwargs
@@ -401,15 +419,28 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         """
         raise NotImplementedError
 
-    def _bc_flow_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+    def _bc_flow_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
         """
         :param batch: Transitions
-        :return: CFM loss of the flow, for the actions of the batch
+        :return: CFM losses of the flow, for the actions of the batch, (batch,)
         """
         noise = th.randn_like(batch.actions)
         timesteps = th.rand(len(noise), device=self.device)
         velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
-        return cfm_loss(velocity, batch.actions, noise, timesteps).mean()
+        return cfm_loss(velocity, batch.actions, noise, timesteps)
+
+    @contextlib.contextmanager
+    def _critic_held_fixed(self) -> Iterator[None]:
+        """The critics give a gradient to actions, but have none themselves (as some of their parameters may have anyway)."""
+        trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            # (Ctrl-C, or too little memory, and then the training goes on)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _record_losses(self, names: Iterable[str], losses: list[list[float]]) -> None:
         for name, value in zip(names, np.mean(losses, axis=0), strict=True):
@@ -418,10 +449,11 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     def _optimization_step(self, loss: th.Tensor) -> None:
         """:param loss: Of a batch"""
         self._backward(loss)
-        # The target network follows the weights from before the update, as in the authors' code
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-        # Copy running stats, see SB3's GH issue #996
-        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        if self._has_critics:
+            # The target network follows the weights from before the update, as in the authors' code
+            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+            # Copy running stats, see SB3's GH issue #996
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self.policy.optimizer.step()
 
     def _backward(self, loss: th.Tensor) -> None:
@@ -519,6 +551,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
 
         :param is_finite: One, or zero for none
         """
+        if not self._has_critics:
+            return
         with th.no_grad():
             targets: list[th.Tensor] = [*self.critic_target.parameters()]
             parameters: list[th.Tensor] = [*self.critic.parameters()]
@@ -527,8 +561,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             th._foreach_add_(targets, changes)
 
     def _has_replaced_methods(self) -> bool:
-        """Whether an update may be something else than what is captured: see ``has_replaced_methods``."""
-        raise NotImplementedError
+        """Whether an update may be something else than what is known to be captured: see ``has_replaced_methods``."""
+        return True
 
     def _find_obstacle(self) -> str | None:
         if self._has_replaced_methods():
@@ -831,7 +865,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["_graphs", *self.network_names, "offline_buffer", "validation_buffer"]
+        excluded = ["_graphs", *self.policy.network_names, "offline_buffer", "validation_buffer"]
         # Arrays that a loaded model has not been trained on yet
         excluded += ["dataset"] if dataset_name(self.dataset) is None else []
         return [*super()._excluded_save_params(), *excluded]

@@ -1,19 +1,27 @@
-"""The networks that offline algorithms are made of: a flow that clones, a one-step policy, critics."""
+"""The networks of offline algorithms (a flow that clones, a one-step policy, critics, values), and their policies."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    create_mlp,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_flow.common.activations import TanhGELU
-from sb3_flow.common.bounds import RescaledActionsPolicy
+from sb3_flow.common.bounds import RescaledActionsPolicy, warn_if_too_wide
+from sb3_flow.common.checks import to_bool, to_int, to_net_arch
 from sb3_flow.common.flow import check_choice
-from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, xavier_uniform_init
+from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, xavier_uniform_init
+from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import SAMPLERS, VelocityField, check_sampler
 
 
@@ -176,9 +184,19 @@ class BCFlow(RescaledActionsPolicy):
         :param noise: (batch, action_dim)
         :return: action in [-1, 1], (batch, action_dim)
         """
-        features = self.extract_features(obs, self.features_extractor)
+        return self.integrate(obs, noise)
+
+    def integrate(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        The same, with a gradient through all steps. Of several samples for an observation, its features are computed once.
+
+        :param obs: Observation
+        :param noise: (batch, action_dim), or (batch * n_samples, action_dim), those of an observation one after the other
+        :return: action in [-1, 1], of the shape of the noise
+        """
+        features = _for_each(self.extract_features(obs, self.features_extractor), noise)
         # Clipped at the end only
-        return self.network.sample(features, noise, self.n_flow_steps, self.sampler).clamp_(-1, 1)
+        return self.network.sample(features, noise, self.n_flow_steps, self.sampler).clamp(-1, 1)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.sample(observation, _draw_noise(observation, self.action_dim, self.device, deterministic))
@@ -195,9 +213,22 @@ def check_flow_sampler(sampler: str, n_flow_steps: int) -> None:
     check_sampler(sampler, n_flow_steps)
 
 
+def batch_size(obs: PyTorchObs) -> int:
+    """
+    :param obs: Observation
+    :return: how many there are
+    """
+    return (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
+
+
 def _draw_noise(obs: PyTorchObs, action_dim: int, device: th.device, deterministic: bool) -> th.Tensor:
-    batch_size = (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
-    return (th.zeros if deterministic else th.randn)((batch_size, action_dim), device=device)
+    return (th.zeros if deterministic else th.randn)((batch_size(obs), action_dim), device=device)
+
+
+def _for_each(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """Features of observations, as often as there are actions for them, one after the other."""
+    n = len(actions) // len(features)
+    return features if n == 1 else features.repeat_interleave(n, dim=0)
 
 
 class EnsembleCritic(BaseModel):
@@ -241,14 +272,294 @@ class EnsembleCritic(BaseModel):
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
         :param obs: Observation
-        :param actions: in [-1, 1], (batch, action_dim)
-        :return: (n_critics, batch)
+        :param actions: in [-1, 1], (batch, action_dim), or several for each observation, one after the other
+        :return: (n_critics, number of actions)
         """
         # A shared features extractor is learned with the policy, not with the values (as in SB3's SAC)
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
-            features = self.extract_features(obs, self.features_extractor)
+            features = _for_each(self.extract_features(obs, self.features_extractor), actions)
         return self.q_networks(th.cat([features, actions], dim=1))
 
 
+class ValueNetwork(BaseModel):
+    """
+    A value network, of the same kind as the critics.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Number of units of the hidden layers
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    :param layer_norm: Whether to normalize the layers
+    :param share_features_extractor: Whether the features extractor is shared with the actor
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = TanhGELU,
+        normalize_images: bool = True,
+        layer_norm: bool = True,
+        share_features_extractor: bool = False,
+    ):
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
+        self.share_features_extractor = share_features_extractor
+        self.network = EnsembleMLP(1, features_dim, net_arch, activation_fn, layer_norm)
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Observation
+        :return: (batch,)
+        """
+        # (see EnsembleCritic)
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            features = self.extract_features(obs, self.features_extractor)
+        return self.network(features).squeeze(0)
+
+
+class OfflinePolicy(RescaledActionsPolicy):
+    """
+    The base of the policies of offline algorithms, which say what networks they have (``network_names``), among them the
+    ``bc_flow``. They act by sampling that, unless they do otherwise. Each network has a features extractor of its own, unless
+    it is shared.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the policy (one-step actor and flow) and value networks:
+        ``dict(pi=[...], qf=[...])``, or a list for both
+    :param activation_fn: Activation function
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments
+        to pass to the features extractor.
+    :param normalize_images: Whether to normalize images or not,
+         dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use,
+        ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments,
+        excluding the learning rate, to pass to the optimizer
+    :param n_critics: Number of critic networks to create.
+    :param layer_norm: Whether to normalize the layers of the critics
+    :param n_flow_steps: Number of steps of the sampler of the flow
+    :param share_features_extractor: Whether to share or not the features extractor between the actor, the flow and the
+        critic (this saves memory). It is then learned with the actor and the flow.
+    :param sampler: Sampler of the flow: "euler" (the authors'), "midpoint", "heun", "rk4" or "dopri5"
+    """
+
+    #: Those of the networks, in the order of their creation: "actor", "bc_flow", "critic", "critic_target", "value"
+    network_names: ClassVar[tuple[str, ...]]
+    bc_flow: BCFlow
+    critic: EnsembleCritic
+    critic_target: EnsembleCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = TanhGELU,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        layer_norm: bool = True,
+        n_flow_steps: int = 10,
+        share_features_extractor: bool = False,
+        sampler: str = "euler",
+    ):
+        check_flow_sampler(sampler, n_flow_steps)
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        warn_if_too_wide(action_space)
+        self.net_arch = [512, 512, 512, 512] if net_arch is None else to_net_arch(net_arch, ("pi", "qf"))
+        self.activation_fn = activation_fn
+        self.n_critics = to_int("n_critics", n_critics, at_least=1)
+        self.layer_norm = to_bool("layer_norm", layer_norm)
+        self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
+        self.share_features_extractor = to_bool("share_features_extractor", share_features_extractor)
+        self.sampler = sampler
+        # Arguments of the constructor that set_sampler() has changed
+        self.changed_sampler: dict[str, Any] = {}
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Create the networks and the optimizer.
+
+        :param lr_schedule: Learning rate schedule
+            lr_schedule(1) is the initial learning rate
+        """
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
+        net_args = dict(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            activation_fn=self.activation_fn,
+            normalize_images=self.normalize_images,
+        )
+        actor_args = dict(net_args, net_arch=actor_arch)
+        value_args = dict(net_args, net_arch=critic_arch, layer_norm=self.layer_norm)
+        critic_args = dict(value_args, n_critics=self.n_critics)
+        flow_args = dict(actor_args, n_flow_steps=self.n_flow_steps, sampler=self.sampler)
+        sharing = dict(share_features_extractor=self.share_features_extractor)
+        classes: dict[str, tuple[type, dict[str, Any]]] = dict(
+            actor=(OneStepActor, actor_args),
+            bc_flow=(BCFlow, flow_args),
+            critic=(EnsembleCritic, critic_args | sharing),
+            critic_target=(EnsembleCritic, critic_args),
+            value=(ValueNetwork, value_args | sharing),
+        )
+        shared = None
+        for name in self.network_names:
+            network_class, arguments = classes[name]
+            # The target network has its own, which follows
+            extractor = None if name == "critic_target" else shared
+            network = network_class(**self._update_features_extractor(arguments, extractor))
+            setattr(self, name, network)
+            if self.share_features_extractor and shared is None:
+                shared = network.features_extractor
+        if "critic_target" in self.network_names:
+            self.critic_target.load_state_dict(self.critic.state_dict())
+            # Target networks should always be in eval mode
+            self.critic_target.set_training_mode(False)
+            self.critic_target.requires_grad_(False)
+
+        # No parameter is reached by the losses of two networks (but a shared features extractor): one optimizer on the sum
+        # of the losses is one for each of them
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.optimizer_class, trained, lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+                net_arch=self.net_arch,
+                activation_fn=self.activation_fn,
+                features_extractor_class=self.features_extractor_class,
+                features_extractor_kwargs=self.features_extractor_kwargs,
+                optimizer_class=self.optimizer_class,
+                optimizer_kwargs=self.optimizer_kwargs,
+                n_critics=self.n_critics,
+                layer_norm=self.layer_norm,
+                n_flow_steps=self.n_flow_steps,
+                share_features_extractor=self.share_features_extractor,
+                sampler=self.sampler,
+            )
+        )
+        return data
+
+    def set_sampler(self, sampler: str | None = None, n_flow_steps: int | None = None) -> None:
+        """
+        Sample the flow, ``bc_flow``, in another way from now on, also after training. It is saved with the model.
+        A one-step policy that was distilled from it does not change, but if the training goes on.
+
+        :param sampler: "euler", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the number of steps.
+        :param n_flow_steps: Number of steps
+        :raises ValueError: if an argument is unknown or out of its range
+        :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
+        """
+        sampler = self.sampler if sampler is None else sampler
+        n_flow_steps = self.n_flow_steps if n_flow_steps is None else n_flow_steps
+        check_flow_sampler(sampler, n_flow_steps)
+        n_flow_steps = to_int("n_flow_steps", n_flow_steps)
+        self.changed_sampler = dict(sampler=sampler, n_flow_steps=n_flow_steps)
+        for policy in (self, self.bc_flow):
+            policy.sampler, policy.n_flow_steps = sampler, n_flow_steps
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(observation, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Get the action of the flow.
+
+        :param observation:
+        :param deterministic: Whether to act from zero noise, or from a random one as the authors do
+        :return: Action in [-1, 1]
+        """
+        return self.bc_flow._predict(observation, deterministic)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode.
+
+        This affects certain modules, such as batch normalisation and dropout.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        for name in self.network_names:
+            if name != "critic_target":
+                getattr(self, name).set_training_mode(mode)
+        self.training = mode
+
+
+class WithImages(OfflinePolicy):
+    """
+    A policy for image observations: a small IMPALA encoder is the default features extractor.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = ImpalaCNN,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        **kwargs,
+    ):
+        # As SB3 does for its own CNN: images that are normalized already need not be bytes
+        if not normalize_images and issubclass(features_extractor_class, ImpalaCNN):
+            features_extractor_kwargs = dict(features_extractor_kwargs or {}, normalized_image=True)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            normalize_images=normalize_images,
+            **kwargs,
+        )
+
+
+class WithDict(OfflinePolicy):
+    """
+    A policy for ``Dict`` observations: a ``CombinedExtractor`` is the default features extractor.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
 #: What an update may be captured with
-NETWORKS = (OneStepActor, BCFlow, EnsembleCritic)
+NETWORKS = (OneStepActor, BCFlow, EnsembleCritic, ValueNetwork)

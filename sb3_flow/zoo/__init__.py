@@ -13,10 +13,18 @@ from sb3_flow.envs.dm_control import register_dm_control
 from sb3_flow.envs.envpool import NAMESPACE, register_envpool
 
 #: The algorithms that :func:`register` adds to rl-zoo3, by the name that ``--algo`` takes.
-FLOW_ALGOS: dict[str, type[BaseAlgorithm]] = {"fpo": sb3_flow.FPO, "dppo": sb3_flow.DPPO, "fql": sb3_flow.FQL}
+FLOW_ALGOS: dict[str, type[BaseAlgorithm]] = {
+    "fpo": sb3_flow.FPO,
+    "dppo": sb3_flow.DPPO,
+    "fql": sb3_flow.FQL,
+    "ifql": sb3_flow.IFQL,
+    "fbrac": sb3_flow.FBRAC,
+    "fawac": sb3_flow.FAWAC,
+    "flow_bc": sb3_flow.FlowBC,
+}
 
 #: Those that are evaluated with noise unless told otherwise, as their authors do.
-EVALUATED_WITH_NOISE = ("fql",)
+EVALUATED_WITH_NOISE = ("fql", "ifql", "fbrac", "fawac", "flow_bc")
 
 
 def register() -> None:

@@ -17,7 +17,7 @@ ON_POLICY_NET_ARCHS = {
 NET_ARCHS: dict[str, dict[str, Any]] = {
     "fpo": ON_POLICY_NET_ARCHS,
     "dppo": ON_POLICY_NET_ARCHS,
-    "fql": {"small": [128] * 3, "medium": [256] * 3, "large": [512] * 4},
+    "offline": {"small": [128] * 3, "medium": [256] * 3, "large": [512] * 4},
 }
 
 
@@ -129,9 +129,54 @@ def convert_dppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return convert_on_policy_params(sampled_params, "dppo", ("action_scale", "n_flow_steps", "noise_std"))
 
 
+def sample_offline_params(trial: optuna.Trial, has_values: bool = True) -> dict[str, Any]:
+    """
+    :param trial: Trial
+    :param has_values: Whether the algorithm learns values
+    :return: parameters that offline algorithms have in common
+    """
+    params = {
+        "learning_rate": trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 10),
+        "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["offline"])),
+    }
+    if has_values:
+        params |= {
+            "q_agg": trial.suggest_categorical("q_agg", ["mean", "min"]),
+            "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True),
+            "tau": trial.suggest_float("tau", 0.002, 0.05, log=True),
+        }
+    return params
+
+
+def convert_offline_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: Parameters of a trial of one of the offline algorithms
+    :return: hyperparameters
+    """
+    hyperparams = sampled_params.copy()
+    hyperparams["batch_size"] = 2 ** hyperparams.pop("batch_size_pow")
+    if "one_minus_gamma" in hyperparams:
+        hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
+    of_policy = [name for name in ("n_flow_steps", "n_samples") if name in hyperparams]
+    policy_kwargs: dict[str, Any] = {name: hyperparams.pop(name) for name in of_policy}
+    policy_kwargs["net_arch"] = NET_ARCHS["offline"][hyperparams.pop("net_arch")]
+    return {"policy_kwargs": policy_kwargs, **hyperparams}
+
+
+def convert_normalized_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: Parameters of a trial of an algorithm whose ``alpha`` is that of a normalized Q term
+    :return: hyperparameters
+    """
+    return {"normalize_q_loss": True, **convert_offline_params(sampled_params)}
+
+
 def sample_fql_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
     """
-    Sampler for FQL hyperparams. ``alpha`` is that of a normalized Q term, for which the authors recommend this range.
+    Sampler for FQL and FBRAC hyperparams. ``alpha`` is that of a normalized Q term, for which the authors of FQL recommend
+    this range.
 
     :param trial: Trial
     :param n_actions: Number of action dimensions
@@ -139,31 +184,69 @@ def sample_fql_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
     :param additional_args: What samplers of rl-zoo3 get, not used
     :return: hyperparameters
     """
-    params = {
-        "alpha": trial.suggest_float("alpha", 0.03, 10, log=True),
-        "q_agg": trial.suggest_categorical("q_agg", ["mean", "min"]),
-        "learning_rate": trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True),
-        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True),
-        "tau": trial.suggest_float("tau", 0.002, 0.05, log=True),
-        "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 10),
-        "n_flow_steps": trial.suggest_categorical("n_flow_steps", [5, 10]),
-        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS["fql"])),
-    }
-    return show_values(trial, convert_fql_params(params), "batch_size", "gamma")
+    params = sample_offline_params(trial) | {"alpha": trial.suggest_float("alpha", 0.03, 10, log=True)}
+    return show_values(trial, convert_normalized_params(params), "batch_size", "gamma")
 
 
-def convert_fql_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+def sample_ifql_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
     """
-    :param sampled_params: Parameters of a trial of :func:`sample_fql_params`
+    Sampler for IFQL hyperparams.
+
+    :param trial: Trial
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of environments
+    :param additional_args: What samplers of rl-zoo3 get, not used
     :return: hyperparameters
     """
-    hyperparams = sampled_params.copy()
-    hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
-    hyperparams["batch_size"] = 2 ** hyperparams.pop("batch_size_pow")
-    net_arch = NET_ARCHS["fql"][hyperparams.pop("net_arch")]
-    policy_kwargs = {"n_flow_steps": hyperparams.pop("n_flow_steps"), "net_arch": net_arch}
-    return {"policy_kwargs": policy_kwargs, "normalize_q_loss": True, **hyperparams}
+    params = sample_offline_params(trial) | {
+        "expectile": trial.suggest_categorical("expectile", [0.7, 0.9, 0.95]),
+        "n_samples": trial.suggest_categorical("n_samples", [8, 32, 128]),
+    }
+    return show_values(trial, convert_offline_params(params), "batch_size", "gamma")
 
 
-SAMPLERS = {"fpo": sample_fpo_params, "dppo": sample_dppo_params, "fql": sample_fql_params}
-CONVERTERS = {"fpo": convert_fpo_params, "dppo": convert_dppo_params, "fql": convert_fql_params}
+def sample_fawac_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for FAWAC hyperparams.
+
+    :param trial: Trial
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of environments
+    :param additional_args: What samplers of rl-zoo3 get, not used
+    :return: hyperparameters
+    """
+    params = sample_offline_params(trial) | {"alpha": trial.suggest_float("alpha", 0.1, 10, log=True)}
+    return show_values(trial, convert_offline_params(params), "batch_size", "gamma")
+
+
+def sample_flow_bc_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for FlowBC hyperparams.
+
+    :param trial: Trial
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of environments
+    :param additional_args: What samplers of rl-zoo3 get, not used
+    :return: hyperparameters
+    """
+    return show_values(trial, convert_offline_params(sample_offline_params(trial, has_values=False)), "batch_size")
+
+
+SAMPLERS = {
+    "fpo": sample_fpo_params,
+    "dppo": sample_dppo_params,
+    "fql": sample_fql_params,
+    "ifql": sample_ifql_params,
+    "fbrac": sample_fql_params,
+    "fawac": sample_fawac_params,
+    "flow_bc": sample_flow_bc_params,
+}
+CONVERTERS = {
+    "fpo": convert_fpo_params,
+    "dppo": convert_dppo_params,
+    "fql": convert_normalized_params,
+    "ifql": convert_offline_params,
+    "fbrac": convert_normalized_params,
+    "fawac": convert_offline_params,
+    "flow_bc": convert_offline_params,
+}
