@@ -334,8 +334,8 @@ def test_optimize(monkeypatch, capsys):
              actions=np.zeros((50, 1)))  # fmt: skip
     # (with this seed trials are short)
     for algo, trial_id, seed, n_timesteps, params in [
-        ("fpo", 1, 7, 1024, ["n_envs:2"]),
-        ("dppo", 1, 7, 1024, ["n_envs:2"]),
+        ("fpo", 1, 5, 1024, ["n_envs:2"]),
+        ("dppo", 1, 11, 1024, ["n_envs:2"]),
         # The first trial is a trial like any other
         ("fql", 0, 0, 4, ["dataset:'data.npz'", "offline_steps:4", "buffer_size:100"]),
     ]:
@@ -505,7 +505,8 @@ def test_preset_in_a_search(monkeypatch, preset_of):
     Path("mine.yml").write_text(yaml.safe_dump({"Pendulum-v1": block}))
     study = ["--algo", "fpo", "--env", "Pendulum-v1", "--storage", "study.log", "--study-name", "s", "-n", 32]
     study += ["-conf", "mine.yml", "--num-threads", 1, "-params", *params]
-    options = ["--n-trials", 1, "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots"]
+    # (with this seed a trial is short)
+    options = ["--n-trials", 1, "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots", "--seed", 21]
     models, init = [], FPO.__init__
 
     @functools.wraps(init)
