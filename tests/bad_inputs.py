@@ -167,6 +167,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"{TRAIN} -params preset:[1]", ("argument -params/--hyperparams", "preset:[1]", "'paper'")),
     (f"{TRAIN} -params preset:'\"paper\"' policy_kwargs:5", ("argument -params/--hyperparams", "policy_kwargs:5", "a dict")),
     (f"{TRAIN} -params preset:'\"paper\"' n_epoch:1", ("argument -params/--hyperparams", "did you mean 'n_epochs'?")),
+    ("train --algo flow_bc --env Pendulum-v1 -n 64", ("argument -n/--n-timesteps", "64", "offline only", "offline_steps")),
     ("train --algo fql --env Pendulum-v1 -n 64 -params preset:'\"paper\"'", ("'paper'", "fql has no presets", "fpo")),
     ("train --algo ppo --env Pendulum-v1 -n 64 -params preset:'\"paper\"'", ("'paper'", "ppo has no presets", "fpo")),
     (f"{SEARCH} -params preset:'\"papper\"'", ("argument -params/--hyperparams", "'papper'")),

@@ -66,7 +66,7 @@ def test_fql_features_extractors(share_features_extractor):
     batch = model._sample(8)
     for loss, index in [
         (model._critic_loss(batch)[0], 2),
-        (model._bc_flow_loss(batch), 1),
+        (model._bc_flow_losses(batch).mean(), 1),
         (sum(model._actor_losses(batch)), 0),
     ]:
         model.policy.zero_grad(set_to_none=True)

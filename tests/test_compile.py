@@ -490,7 +490,7 @@ FQL_CHANGES = {
     "parameters": lambda m: m.set_parameters(copy.deepcopy(m.get_parameters())),
     "frozen": lambda m: m.actor.requires_grad_(False),
     "precision": lambda m: th.set_float32_matmul_precision("high"),
-    "method": lambda m: setattr(m, "_bc_flow_loss", lambda batch: th.zeros(())),
+    "method": lambda m: setattr(m, "_bc_flow_losses", lambda batch: th.zeros(len(batch.actions))),
 }
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +25,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples, RolloutBu
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from sb3_flow import FPO, FQL, distributed
+from sb3_flow import DPPO, FPO, FQL, distributed
 from sb3_flow.distributed import RankError
 from sb3_flow.fpo import fpo as fpo_module
 
@@ -41,18 +42,22 @@ FPO_CONFIGS = {
     "one transition each": dict(batch_size=2, n_epochs=1),
     "advantages of the rollout and average": dict(normalize_advantage="rollout", ema_decay=0.9, ema_start=0),
 }
+DPPO_CONFIGS = {
+    "default": dict(),
+    "of its paper": dict(log_prob_reduction="mean", gamma_denoising=0.9, first_clip_range=0.1, normalize_advantage="rollout"),
+}
 FQL_CONFIGS = {
     "default": dict(),
     "normalized": dict(q_agg="min", normalize_q_loss=True, alpha=1.0),
 }
 
 
-def fpo_update(config, rank=None):
+def fpo_update(config, rank=None, algorithm=FPO):
     """One call of ``train()``, of a rank or (None) of one process with the transitions of all ranks."""
     n_ranks = N_RANKS if rank is None else 1
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2 * n_ranks)
     kwargs = dict(n_steps=16, batch_size=16, n_epochs=2, seed=0, device="cpu") | config
-    model = FPO("MlpPolicy", env, **kwargs)
+    model = algorithm("MlpPolicy", env, **kwargs)
     model.set_logger(Logger(None, []))
 
     generator = th.Generator().manual_seed(1)
@@ -66,7 +71,10 @@ def fpo_update(config, rank=None):
         [draw(4, 1), 0.1 * th.randint(1, 11, (N_TRANSITIONS, 4), generator=generator), th.ones(N_TRANSITIONS, 4)]
         for _ in range(2)
     ]
-    baseline_actions = [draw(model.n_baseline_actions, 1) for _ in range(2)]
+    baseline_actions = [draw(model.n_baseline_actions, 1) for _ in range(2)] if algorithm is FPO else []
+    if algorithm is DPPO:
+        # Chains
+        samples[3] = 0.1 * draw(model.policy.n_flow_steps + 1).cumsum(dim=1)
 
     # Those of a rank are together. Of each minibatch, a rank has its share
     share, size = N_TRANSITIONS // N_RANKS, model.batch_size // N_RANKS
@@ -92,6 +100,11 @@ def fpo_update(config, rank=None):
         monkeypatch.setattr(fpo_module, "draw_pairs", lambda *args: [column[rows] for column in next(draws)])
         model.train()
     return model.policy.state_dict(), dict(model.logger.name_to_value)
+
+
+def dppo_update(config, rank=None):
+    """As :func:`fpo_update`."""
+    return fpo_update(config, rank, DPPO)
 
 
 def fql_update(config, rank=None):
@@ -201,6 +214,7 @@ def scenarios(folder):
     results = dict(rank=rank, world_size=distributed.world_size())
     results |= {("fpo", name): fpo_update(config, rank) for name, config in FPO_CONFIGS.items()}
     results |= {("fql", name): fql_update(config, rank) for name, config in FQL_CONFIGS.items()}
+    results |= {("dppo", name): dppo_update(config, rank) for name, config in DPPO_CONFIGS.items()}
 
     results["learn"], results["again"] = learn_fpo(), learn_fpo()
     results["stopped in a rollout"] = learn_fpo(stop_at=300)
@@ -308,11 +322,19 @@ def assert_equal(first, second):
         assert th.equal(first[name], second[name]), name
 
 
+UPDATES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "fpo": (fpo_update, FPO_CONFIGS),
+    "dppo": (dppo_update, DPPO_CONFIGS),
+    "fql": (fql_update, FQL_CONFIGS),
+}
+
+
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
-@pytest.mark.parametrize("algo, name", [*(("fpo", name) for name in FPO_CONFIGS), *(("fql", name) for name in FQL_CONFIGS)])
+@pytest.mark.parametrize("algo, name", [(algo, name) for algo, (_, configs) in UPDATES.items() for name in configs])
 def test_update_is_that_of_one_process(ranks, algo, name):
     """With the transitions of all of them."""
-    weights, logged = fpo_update(FPO_CONFIGS[name]) if algo == "fpo" else fql_update(FQL_CONFIGS[name])
+    update, configs = UPDATES[algo]
+    weights, logged = update(configs[name])
     for results in ranks:
         of_rank, logged_by_rank = results[algo, name]
         for key in weights:

@@ -17,6 +17,7 @@ import sb3_flow.dppo.dppo as dppo_module
 from sb3_flow import DPPO
 from sb3_flow.common.networks import FlowNetwork
 from sb3_flow.dppo import presets
+from sb3_flow.dppo.buffers import ChainDictRolloutBuffer, ChainRolloutBuffer
 from sb3_flow.dppo.dppo import step_log_probs
 
 OBS = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
@@ -267,6 +268,43 @@ def test_number_of_trained_steps_can_change(tmp_path):
         model.learn(128)
 
 
+def test_first_clip_range_of_a_schedule():
+    """It does not become larger than that of the last step."""
+    model = make_model(first_clip_range=0.1, clip_range=lambda progress: 0.2 * progress)
+    clip_ranges = model._clip_range_of_steps(0.05, th.ones(1, 4))
+    assert clip_ranges.tolist() == pytest.approx([0.05] * 4)
+
+
+def test_noise_is_saved(tmp_path):
+    model = make_model()
+    model.policy.set_sampler(noise_std=0.7)
+    model.save(tmp_path / "model")
+    assert DPPO.load(tmp_path / "model").policy.noise_std == 0.7
+    model.policy.save(tmp_path / "policy")
+    assert type(model.policy).load(tmp_path / "policy").noise_std == 0.7
+    with pytest.raises(ValueError, match="`noise_std` must be positive and finite, it is 0"):
+        model.policy.set_sampler(noise_std=0)
+
+
+def test_loss_that_is_not_finite():
+    """Even if its gradient is, as that of a clipped ratio may be."""
+    model = make_model()
+    collect(model)
+    model._clip_range_of_steps = lambda clip_range, ratio: th.full((4,), math.nan)
+    with pytest.raises(ValueError, match=r"not finite .policy loss: nan"):
+        model.train()
+
+
+def test_picture_is_of_its_actions():
+    from sb3_flow.plotting.flow import flow_paths
+
+    model = make_model(policy_kwargs=dict(noise_std=0.5, action_scale=0.1))
+    paths = flow_paths(model, OBS[0], n_samples=4000)
+    actions, _ = model.predict(np.repeat(OBS[:1], 4000, axis=0), deterministic=False)
+    assert paths.shape == (41, 4000, 1)
+    assert abs(paths[-1].std() / actions.std() - 1) < 0.06
+
+
 def test_target_kl():
     model = make_model(target_kl=1e-9, n_epochs=5, verbose=0).learn(128)
     assert model._n_updates == 1
@@ -279,11 +317,17 @@ def test_target_kl():
         (dict(n_trained_steps=2.5), "`n_trained_steps` must be an integer"),
         (dict(n_trained_steps=5), "`n_trained_steps` must be at most `n_flow_steps` = 4, it is 5"),
         (dict(gamma_denoising=1.1), r"`gamma_denoising` must be in \[0, 1\]"),
-        (dict(first_clip_range=0), "`first_clip_range` must be positive"),
+        (dict(first_clip_range=0), "`first_clip_range` must be positive and finite"),
+        (dict(first_clip_range=math.inf), "`first_clip_range` must be positive and finite"),
+        (dict(first_clip_range=0.3), "`first_clip_range` must be at most `clip_range` = 0.2"),
+        (dict(rollout_buffer_class="ChainRolloutBuffer"), "`rollout_buffer_class` must be a ChainRolloutBuffer"),
+        (dict(rollout_buffer_class=ChainDictRolloutBuffer), "`rollout_buffer_class` must be a ChainRolloutBuffer"),
+        (dict(kind="dict", rollout_buffer_class=ChainRolloutBuffer), "must be a ChainDictRolloutBuffer"),
         (dict(log_prob_reduction="max"), "Unknown `log_prob_reduction`: 'max', it must be one of 'sum', 'mean'"),
         (dict(rollout_buffer_class=RolloutBuffer), "`rollout_buffer_class` must be a ChainRolloutBuffer"),
         (dict(clip_range=0), "`clip_range` must be positive"),
-        (dict(policy_kwargs=dict(noise_std=0)), "`noise_std` must be positive"),
+        (dict(policy_kwargs=dict(noise_std=0)), "`noise_std` must be positive and finite"),
+        (dict(policy_kwargs=dict(noise_std=math.inf)), "`noise_std` must be positive and finite"),
         (dict(policy_kwargs=dict(n_flow_steps=0)), "`n_flow_steps` must be at least 1"),
     ],
 )

@@ -170,7 +170,7 @@ def test_gradients_reach_only_what_they_should():
     distill_loss, q_loss = model._actor_losses(batch)
     for loss, own in [
         (model._critic_loss(batch)[0], policy.critic),
-        (model._bc_flow_loss(batch), policy.bc_flow),
+        (model._bc_flow_losses(batch).mean(), policy.bc_flow),
         (distill_loss, policy.actor),
         (q_loss, policy.actor),
     ]:

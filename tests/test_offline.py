@@ -1,5 +1,7 @@
 """IFQL, FBRAC, FAWAC and FlowBC: their losses, how they act, and what they have in common with FQL."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch as th
@@ -13,8 +15,8 @@ from sb3_flow import FAWAC, FBRAC, FQL, IFQL, FlowBC
 from sb3_flow.offline.values import aggregate, expectile_loss, td_target
 
 OBS = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32) / 3
-ALGORITHMS = [IFQL, FBRAC, FAWAC, FlowBC]
-WITH_VALUES = [FQL, IFQL, FBRAC, FAWAC]
+ALGORITHMS: list[Any] = [IFQL, FBRAC, FAWAC, FlowBC]
+WITH_VALUES: list[Any] = [FQL, IFQL, FBRAC, FAWAC]
 
 
 def make_dataset(n=200):
@@ -100,6 +102,13 @@ def plain_targets(model, batch, next_values):
     return batch.rewards.flatten() + discounts * (1 - batch.dones.flatten()) * next_values
 
 
+def plain_aggregate(model, q_values):
+    if model.q_agg == "min":
+        return q_values.min(dim=0).values
+    mean = sum(q_values) / len(q_values)
+    return mean - model.rho * (sum((q - mean) ** 2 for q in q_values) / len(q_values)).sqrt()
+
+
 def plain_losses(model, batch):
     """In the order in which the algorithm draws its noise."""
     obs, next_obs, actions, dim = batch.observations, batch.next_observations, batch.actions, batch.actions.shape
@@ -108,12 +117,14 @@ def plain_losses(model, batch):
         next_values = plain_mlp(model.value.network, 0, next_obs).detach()
         q_values = plain_q(model.critic, obs, actions)
         losses["critic_loss"] = (q_values - plain_targets(model, batch, next_values)).square().sum(dim=0).mean()
-        difference = plain_q(model.critic_target, obs, actions).min(dim=0).values - plain_mlp(model.value.network, 0, obs)
+        difference = plain_aggregate(model, plain_q(model.critic_target, obs, actions)) - plain_mlp(
+            model.value.network, 0, obs
+        )
         losses["value_loss"] = th.mean(th.where(difference > 0, 0.9, 0.1) * difference**2)
     elif not isinstance(model, FlowBC):
         next_actions = plain_sample(model.bc_flow, next_obs, th.randn(dim))
         next_q = plain_q(model.critic_target, next_obs, next_actions)
-        next_q = next_q.mean(dim=0) - model.rho * next_q.std(dim=0, correction=0)
+        next_q = plain_aggregate(model, next_q)
         q_values = plain_q(model.critic, obs, actions)
         losses["critic_loss"] = (q_values - plain_targets(model, batch, next_q.detach())).square().mean()
     if isinstance(model, FAWAC):
@@ -136,7 +147,9 @@ def plain_losses(model, batch):
     ("algorithm", "kwargs"),
     [
         (IFQL, {}),
-        (IFQL, dict(policy_kwargs=dict(n_critics=4))),
+        (IFQL, dict(q_agg="mean", rho=0.5, policy_kwargs=dict(n_critics=4))),
+        (FBRAC, dict(q_agg="min")),
+        (FAWAC, dict(q_agg="min")),
         (FBRAC, {}),
         (FBRAC, dict(normalize_q_loss=True, alpha=3.0, rho=0.5, policy_kwargs=dict(n_critics=4))),
         (FAWAC, {}),
@@ -172,6 +185,20 @@ def test_losses(algorithm, kwargs, discounts):
             gradients = th.autograd.grad(model._losses(batch)[0], own_parameters)
             for gradient, plain in zip(gradients, reference, strict=True):
                 th.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_lower_bound_of_fql():
+    model = make_model(FQL, rho=0.5, policy_kwargs=dict(n_critics=4))
+    randomize(model)
+    batch = make_batch(model)
+    th.manual_seed(2)
+    loss, _ = model._critic_loss(batch)
+    th.manual_seed(2)
+    next_actions = model.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
+    next_q = plain_aggregate(model, plain_q(model.critic_target, batch.next_observations, next_actions)).detach()
+    q_values = plain_q(model.critic, batch.observations, batch.actions)
+    expected = (q_values - plain_targets(model, batch, next_q)).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_aggregation():
@@ -360,6 +387,28 @@ def test_bad_arguments(algorithm, kwargs, message):
         make_model(algorithm, **kwargs)
 
 
+@pytest.mark.parametrize("policy", [algorithm.policy_aliases["MlpPolicy"] for algorithm in (FQL, *ALGORITHMS)])
+@pytest.mark.parametrize("algorithm", [FQL, *ALGORITHMS])
+def test_policy_of_another_algorithm(algorithm, policy):
+    if policy is algorithm.policy_aliases["MlpPolicy"]:
+        make_model(algorithm, policy=policy)
+        return
+    with pytest.raises(
+        ValueError, match=f"`policy` must be a {algorithm.__name__}Policy, it is <class '.*{policy.__name__}'>"
+    ):
+        make_model(algorithm, policy=policy)
+
+
+def test_sampler_is_saved(tmp_path):
+    model = make_model(IFQL)
+    model.policy.set_sampler(n_samples=5, n_flow_steps=3)
+    model.save(tmp_path / "model")
+    policy = IFQL.load(tmp_path / "model").policy
+    assert policy.n_samples == 5 and policy.bc_flow.n_flow_steps == 3
+    with pytest.raises(ValueError, match="`n_samples` must be at least 1, it is 0"):
+        policy.set_sampler(n_samples=0)
+
+
 def test_flow_bc_only_clones():
     dataset = make_dataset()
     del dataset["rewards"]
@@ -367,6 +416,8 @@ def test_flow_bc_only_clones():
     assert model._n_updates == 10 and not hasattr(model, "critic")
     with pytest.raises(ValueError, match="`total_timesteps` must be 0, it is 100: FlowBC learns offline only"):
         model.learn(100)
+    with pytest.raises(ValueError, match="`offline_steps` must be positive for `learn\\(\\)`, it is 0"):
+        make_model(FlowBC, dataset=dataset).learn()
     with pytest.raises(TypeError, match="'n_critics': it has no critics"):
         make_model(FlowBC, policy_kwargs=dict(n_critics=3))
     # It is what FQL clones with

@@ -415,7 +415,7 @@ def test_policy_of_a_recurrent_algorithm():
 
 @pytest.mark.parametrize("algo", ["fpo", "dppo", "fql", "ppo", "sac", "crossq"])
 def test_dm_control_namespace(capsys, envs_of_all_spaces, algo):
-    """Any id of dm_control is flattened, and FPO has the block of DMC for it."""
+    """Any id of dm_control is flattened, and FPO and DPPO have the block of DMC for it."""
     config = sb3_flow.zoo.default_conf_file(algo) if algo in sb3_flow.zoo.FLOW_ALGOS else None
     manager = manager_of("dm_control/mine-task-v3", algo, config)
     hyperparams, saved = manager.read_hyperparameters()
@@ -423,10 +423,11 @@ def test_dm_control_namespace(capsys, envs_of_all_spaces, algo):
         hyperparams["env_wrapper"] == saved["env_wrapper"] == FLATTEN and manager.env_name.gym_id == "dm_control/mine-task-v3"
     )
     out = capsys.readouterr().out
-    if algo == "fpo":
+    has_block = algo in ("fpo", "dppo")
+    if has_block:
         assert "Using 'default/dm_control' hyperparameters" in out
         blocks = yaml.safe_load(Path(config).read_text())
-        assert hyperparams == blocks["dm_control/cheetah-run-v0"] == blocks["default/dm_control"] != blocks["default"]
+        assert hyperparams == blocks["default/dm_control"] != blocks["default"]
     else:
         assert "Observations of dm_control are flattened" in out
     # What the user has chosen
@@ -434,7 +435,7 @@ def test_dm_control_namespace(capsys, envs_of_all_spaces, algo):
         manager_of("dm_control/mine-task-v3", algo, config, env_wrapper=None).read_hyperparameters()[0]["env_wrapper"] is None
     )
     assert manager_of("dm_control/mine-task-v3", algo, config, gamma=0.5).read_hyperparameters()[0]["gamma"] == 0.5
-    if "MultiInputPolicy" in ALGOS[algo].policy_aliases and algo != "fpo":
+    if "MultiInputPolicy" in ALGOS[algo].policy_aliases and not has_block:
         hyperparams, _ = manager_of("dm_control/mine-task-v3", algo, config, policy="MultiInputPolicy").read_hyperparameters()
         assert "env_wrapper" not in hyperparams
 

@@ -39,6 +39,7 @@ class Range(NamedTuple):
 FINITE = Range("be finite", math.isfinite)
 NOT_NEGATIVE = Range("not be negative", lambda x: 0 <= x < math.inf)
 POSITIVE = Range("be positive", lambda x: x > 0)
+FINITE_POSITIVE = Range("be positive and finite", lambda x: 0 < x < math.inf)
 FRACTION = Range("be in [0, 1]", lambda x: 0 <= x <= 1)
 DECAY = Range("be between 0 and 1", lambda x: 0 < x < 1)
 

@@ -3,7 +3,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     DictRolloutBufferSamples,
@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import (
 )
 
 from sb3_flow import distributed
-from sb3_flow.common.checks import FRACTION, POSITIVE, check_floats, to_int
+from sb3_flow.common.checks import FINITE_POSITIVE, FRACTION, check_floats, to_int
 from sb3_flow.common.flow import check_choice
 from sb3_flow.common.surrogates import surrogate_objective
 from sb3_flow.dppo.buffers import ChainDictRolloutBuffer, ChainRolloutBuffer
@@ -25,7 +25,7 @@ from sb3_flow.on_policy.algorithm import ClipRanges, FlowOnPolicyAlgorithm, sele
 SelfDPPO = TypeVar("SelfDPPO", bound="DPPO")
 
 #: What arguments that only DPPO has may be, and which of them may be None
-FLOATS = dict(gamma_denoising=FRACTION, first_clip_range=POSITIVE)
+FLOATS = dict(gamma_denoising=FRACTION, first_clip_range=FINITE_POSITIVE)
 OPTIONAL = ("first_clip_range",)
 #: How the log-likelihood of a step is reduced over the action dimensions.
 LOG_PROB_REDUCTIONS = ("sum", "mean")
@@ -214,10 +214,23 @@ class DPPO(FlowOnPolicyAlgorithm):
         check_floats(self, FLOATS, OPTIONAL)
         if self.n_trained_steps is not None:
             self.n_trained_steps = to_int("n_trained_steps", self.n_trained_steps, at_least=1)
-        buffer_class = self.rollout_buffer_class
-        if buffer_class is not None and not issubclass(buffer_class, ChainRolloutBuffer):
-            raise ValueError(f"`rollout_buffer_class` must be a ChainRolloutBuffer, it is {buffer_class}")
+        self._check_rollout_buffer_class()
         super()._check_arguments()
+        clip_range = self.clip_range(1.0) if callable(self.clip_range) else self.clip_range
+        if self.first_clip_range is not None and self.first_clip_range > clip_range:
+            raise ValueError(
+                f"`first_clip_range` must be at most `clip_range` = {clip_range}, to which it grows over the steps, "
+                f"it is {self.first_clip_range}"
+            )
+
+    def _check_rollout_buffer_class(self) -> None:
+        is_dict = isinstance(self.observation_space, spaces.Dict)
+        wanted = ChainDictRolloutBuffer if is_dict else ChainRolloutBuffer
+        found = self.rollout_buffer_class
+        if found is None:
+            return
+        if not (isinstance(found, type) and issubclass(found, wanted) and issubclass(found, DictRolloutBuffer) == is_dict):
+            raise ValueError(f"`rollout_buffer_class` must be a {wanted.__name__} for these observations, it is {found!r}")
 
     def _setup_model(self) -> None:
         if self.rollout_buffer_class is None:
@@ -274,7 +287,7 @@ class DPPO(FlowOnPolicyAlgorithm):
         # Ratio between old and new policy, one at the first iteration, for each step
         log_ratio = log_probs - old.log_probs
         ratio = log_ratio.exp()
-        clip_range = self._clip_range_of_steps(clip_ranges.policy, ratio)
+        clip_range = self._clip_range_of_steps(float(clip_ranges.policy), ratio)
         policy_loss = self._policy_loss(ratio, batch.advantages, clip_range)
         value_loss = self._value_loss(values.flatten(), batch, clip_ranges.value)
         bounds_loss = self.policy.bounds_loss(actions).mean() if self.bounds_loss_coef > 0 else actions.new_zeros(())
@@ -312,17 +325,18 @@ class DPPO(FlowOnPolicyAlgorithm):
         advantages = advantages.unsqueeze(1) * self.gamma_denoising**n_left
         return -surrogate_objective(ratio, advantages, clip_range).mean()
 
-    def _clip_range_of_steps(self, clip_range: float | th.Tensor, ratio: th.Tensor) -> float | th.Tensor:
+    def _clip_range_of_steps(self, clip_range: float, ratio: th.Tensor) -> float | th.Tensor:
         """
         :param clip_range: That of the last step
         :param ratio: (batch, n_steps)
-        :return: that of each of them, from ``first_clip_range`` on
+        :return: that of each of them, from ``first_clip_range`` (or that of now, if it has become smaller) on
         """
         if self.first_clip_range is None or ratio.shape[1] == 1:
             return clip_range
         progress = th.linspace(0, 1, ratio.shape[1], device=ratio.device)
         growth = th.expm1(CLIP_RATE * progress) / math.expm1(CLIP_RATE)
-        return self.first_clip_range + (clip_range - self.first_clip_range) * growth
+        first_clip_range = min(self.first_clip_range, clip_range)
+        return first_clip_range + (clip_range - first_clip_range) * growth
 
     def learn(
         self: SelfDPPO,

@@ -6,7 +6,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureC
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_flow.common.checks import POSITIVE, to_float
+from sb3_flow.common.checks import FINITE_POSITIVE, to_float
 from sb3_flow.common.flow import sampler_grid
 from sb3_flow.common.networks import FlowNetwork
 from sb3_flow.common.normalization import NormalizedCombinedExtractor, NormalizedFlattenExtractor
@@ -29,12 +29,12 @@ class DPPOPolicy(FlowActorCriticPolicy):
     :param net_arch: The specification of the policy (flow) and value networks.
     :param activation_fn: Activation function
     :param ortho_init: Whether to use or not orthogonal initialization, which makes a new network almost zero: its actions are
-        the noise that they start from. Otherwise weights are LeCun-uniform (authors' code of FPO).
+        the sum of all noise. Otherwise weights are LeCun-uniform (authors' code of FPO).
     :param use_sde: gSDE has no meaning for a flow: must be False
     :param squash_type: How to bring actions into the bounds: "clip" or "tanh"
-    :param action_scale: Factor on the raw action before it is squashed. The raw actions of a new policy are about
-        standard normal: this is the standard deviation that exploration starts with, as ``exp(log_std_init)``
-        is for a Gaussian policy.
+    :param action_scale: Factor on the raw action before it is squashed. The raw actions of a new policy have a standard
+        deviation of ``sqrt(1 + n_flow_steps * noise_std**2)``, which is 1.6 by default: exploration starts with this times
+        ``action_scale``, where a Gaussian policy has ``exp(log_std_init)``.
     :param features_extractor_class: Features extractor to use.
     :param features_extractor_kwargs: Keyword arguments
         to pass to the features extractor.
@@ -70,11 +70,13 @@ class DPPOPolicy(FlowActorCriticPolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         n_flow_steps: int = 10,
-        noise_std: float = 0.1,
+        noise_std: float = 0.4,
         output_scale: float = 4.0,
         normalize_values: bool = True,
     ):
-        self.noise_std = to_float("noise_std", noise_std, POSITIVE)
+        self.noise_std = to_float("noise_std", noise_std, FINITE_POSITIVE)
+        # Arguments of the constructor that set_sampler() has changed
+        self.changed_sampler: dict[str, Any] = {}
         super().__init__(
             observation_space,
             action_space,
@@ -102,6 +104,19 @@ class DPPOPolicy(FlowActorCriticPolicy):
             del data[name]
         return data
 
+    def set_sampler(self, noise_std: float) -> None:
+        """
+        Sample with other noise from now on, also after training. It is saved with the model.
+
+        :param noise_std: Standard deviation of the noise of each step
+        :raises ValueError: if it is not positive
+        """
+        self.noise_std = to_float("noise_std", noise_std, FINITE_POSITIVE)
+        self.changed_sampler = dict(noise_std=self.noise_std)
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        raise NotImplementedError("Only the likelihood of the steps of a chain is known: see evaluate_chains()")
+
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
         """
         Forward pass in all the networks (actor and critic), to collect a rollout
@@ -116,6 +131,16 @@ class DPPOPolicy(FlowActorCriticPolicy):
         self._check_action_net()
         chain = self._chain(self.action_net, features, deterministic)
         return self._shape_actions(chain[:, -1], obs), values, chain
+
+    def sample_chain(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        How actions come about.
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :return: states from the noise to the raw action, (batch, n_flow_steps + 1, action_dim)
+        """
+        with th.no_grad():
+            return self._chain(*self._predicting_actor(obs), deterministic=False)
 
     def _chain(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """

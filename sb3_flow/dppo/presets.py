@@ -25,7 +25,8 @@ PAPER: dict[str, Any] = dict(
     gamma_denoising=0.99,
     first_clip_range=0.001,
     log_prob_reduction="mean",
-    target_kl=1.0,
+    # They stop at 1, SB3 at 1.5 times this
+    target_kl=1 / 1.5,
     policy_kwargs=dict(
         net_arch=dict(pi=[512] * 3, vf=[256] * 3),
         activation_fn=nn.ReLU,

@@ -42,7 +42,7 @@ class FAWAC(OfflineAlgorithm):
     :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
     :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
     :param alpha: Inverse temperature of the weights, ``exp(alpha * advantage)``, at most 100
-    :param q_agg: How the critics are put together: "mean" or "min"
+    :param q_agg: How the critics are put together for their target: "mean" or "min"
     :param rho: How many of their standard deviations are subtracted from the mean of the critics, for ensembles of about ten
         (``policy_kwargs=dict(n_critics=10)``, with 0.5). Must be 0 with "min".
     :param balanced_sampling: Whether to draw half of each batch from the dataset and half from the replay buffer,

@@ -39,7 +39,7 @@ class FBRAC(OfflineAlgorithm):
     :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
     :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
     :param alpha: Weight of the behavioral cloning in the loss of the flow
-    :param q_agg: How the critics are put together: "mean" or "min"
+    :param q_agg: How the critics are put together for their target: "mean" or "min"
     :param rho: How many of their standard deviations are subtracted from the mean of the critics, for ensembles of about ten
         (``policy_kwargs=dict(n_critics=10)``, with 0.5). Must be 0 with "min".
     :param normalize_q_loss: Whether to divide the Q term by the mean absolute Q-value, so that ``alpha`` depends less

@@ -57,6 +57,7 @@ class FlowBC(OfflineAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     can_clone = True
+    learns_online = False
     policy: FlowBCPolicy
 
     def __init__(
@@ -164,11 +165,13 @@ class FlowBC(OfflineAlgorithm):
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
-        :raises ValueError: if ``total_timesteps`` is not 0
+        :raises ValueError: if ``total_timesteps`` is not 0, or there are no ``offline_steps``
         """
-        if total_timesteps > 0:
+        if total_timesteps != 0:
             raise ValueError(
                 f"`total_timesteps` must be 0, it is {total_timesteps}: FlowBC learns offline only, see `offline_steps` and "
                 "`learn_offline()`"
             )
+        if self.offline_steps == 0:
+            raise ValueError("`offline_steps` must be positive for `learn()`, it is 0: pass it to the constructor")
         return super().learn(0, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

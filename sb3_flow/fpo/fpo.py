@@ -304,10 +304,9 @@ class FPO(FlowOnPolicyAlgorithm):
         :param include: name of parameters that might be excluded but should be included anyway
         """
         # The policy is created from its arguments again
-        self.policy_kwargs = self.policy_kwargs | self.policy.changed_sampler
         self.ema_decay = None if self.policy.ema is None else self.policy.ema_decay
         if "ema_decay" in self.policy_kwargs:
-            self.policy_kwargs["ema_decay"] = self.ema_decay
+            self.policy_kwargs = self.policy_kwargs | dict(ema_decay=self.ema_decay)
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:

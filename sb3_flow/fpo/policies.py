@@ -302,6 +302,9 @@ class FlowPolicy(FlowActorCriticPolicy):
         """
         return log_likelihood(self.velocity_field(obs), actions, divergence, n_probes)
 
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        raise NotImplementedError("A flow policy has no closed-form likelihood: see evaluate_flow() and log_likelihood()")
+
     def explore(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
         """
         Actions as rollouts collect them, several for each observation.

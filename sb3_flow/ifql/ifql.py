@@ -40,7 +40,8 @@ class IFQL(OfflineAlgorithm):
     :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
     :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
     :param expectile: Of the critics that the values are to be: beyond 0.5, the better actions of the dataset count more
-    :param q_agg: How the critics are put together: "mean" or "min"
+    :param q_agg: How the critics are put together for the target of the values: "mean" or "min". The actions taken
+        are those with the largest minimum.
     :param rho: How many of their standard deviations are subtracted from the mean of the critics, for ensembles of about ten
         (``policy_kwargs=dict(n_critics=10)``, with 0.5). Must be 0 with "min".
     :param balanced_sampling: Whether to draw half of each batch from the dataset and half from the replay buffer,

@@ -37,6 +37,21 @@ class IFQLPolicy(OfflinePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | dict(n_samples=self.n_samples)
 
+    def set_sampler(self, sampler: str | None = None, n_flow_steps: int | None = None, n_samples: int | None = None) -> None:
+        """
+        Sample the flow in another way from now on, also after training. It is saved with the model.
+
+        :param sampler: "euler", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the others.
+        :param n_flow_steps: Number of steps
+        :param n_samples: Number of samples that the critics choose from
+        :raises ValueError: if an argument is unknown or out of its range
+        :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
+        """
+        n_samples = to_int("n_samples", self.n_samples if n_samples is None else n_samples, at_least=1)
+        super().set_sampler(sampler, n_flow_steps)
+        self.n_samples = n_samples
+        self.changed_sampler["n_samples"] = n_samples
+
     @th.no_grad()
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

@@ -120,8 +120,9 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
 
     #: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
     in_graph: ClassVar[tuple[str, ...]] = ()
-    #: Whether a dataset without rewards can be cloned
+    #: Whether a dataset without rewards can be cloned, and whether it can go on online
     can_clone: ClassVar[bool] = False
+    learns_online: ClassVar[bool] = True
     policy: Any
     bc_flow: BCFlow
     critic: EnsembleCritic
@@ -248,6 +249,9 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             raise ValueError(f'`rho` must be 0 with `q_agg="{self.q_agg}"`, it is {self.rho}: it is subtracted from the mean')
 
     def _setup_model(self) -> None:
+        policy_class = self.policy_aliases["MlpPolicy"]
+        if not issubclass(self.policy_class, policy_class):
+            raise ValueError(f"`policy` must be a {policy_class.__name__}, it is {self.policy_class}")
         self._check_arguments()
         # Another may be given to a model that is loaded
         self.dataset = dataset_name(self.dataset) or self.dataset

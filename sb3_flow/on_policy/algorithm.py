@@ -1,5 +1,7 @@
 """What the on-policy algorithms share: PPO's rollouts, epochs and value function, for a policy that is a flow."""
 
+import io
+import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -205,6 +207,23 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
 
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        # The policy is created from its arguments again
+        self.policy_kwargs = self.policy_kwargs | self.policy.changed_sampler
+        super().save(path, exclude, include)
+
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may go beyond the end: a learning rate that decreases to zero must not become negative
@@ -347,7 +366,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         :param statistics: What is logged of it
         :raises ValueError: if the gradient is not finite, before it changes the weights
         """
-        if not th.isfinite(self._backward(loss)):
+        # (a loss may be NaN without its gradient)
+        if not th.isfinite(self._backward(loss) + loss.detach()):
             raise ValueError(not_finite({name: value.item() for name, value in statistics.items()}))
         self.policy.optimizer.step()
 

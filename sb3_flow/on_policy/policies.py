@@ -82,6 +82,8 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     _bounded: th.Tensor
     _soft_low: th.Tensor
     _soft_high: th.Tensor
+    #: Arguments of the constructor that were changed since
+    changed_sampler: dict[str, Any]
 
     def __init__(
         self,
@@ -403,7 +405,7 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         raise NotImplementedError("A flow policy has no closed-form distribution: sample from it with predict()")
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        raise NotImplementedError("A flow policy has no closed-form likelihood: see evaluate_flow() and log_likelihood()")
+        raise NotImplementedError("A flow policy has no closed-form likelihood")
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """

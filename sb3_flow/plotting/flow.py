@@ -37,7 +37,8 @@ def flow_policy(model: BaseAlgorithm) -> BasePolicy:
 
 def flow_paths(model: BaseAlgorithm, obs: np.ndarray, n_samples: int = 1000, n_times: int = N_TIMES) -> np.ndarray:
     """
-    Paths of samples from noise to actions, by Euler's method, as the policy takes it.
+    Paths of samples from noise to actions, by Euler's method, as the policy takes it. Those of a policy with noise in its
+    steps (DPPO) are straight between its own steps.
 
     :param model: A trained model with a flow
     :param obs: One observation, as the model takes it (normalized if it is)
@@ -47,7 +48,14 @@ def flow_paths(model: BaseAlgorithm, obs: np.ndarray, n_samples: int = 1000, n_t
     """
     policy: Any = flow_policy(model)
     tensor, _ = policy.obs_to_tensor(obs[None])
-    field = policy.velocity_field(tensor.expand(n_samples, *tensor.shape[1:]))
+    tensor = tensor.expand(n_samples, *tensor.shape[1:])
+    if hasattr(policy, "sample_chain"):
+        states = policy.sample_chain(tensor).movedim(1, 0).cpu().numpy()
+        position = np.linspace(0, len(states) - 1, n_times + 1)
+        before = np.minimum(position.astype(int), len(states) - 2)
+        share = (position - before)[:, None, None]
+        return policy.unscale_action((1 - share) * states[before] + share * states[before + 1])
+    field = policy.velocity_field(tensor)
     # Of a policy with a skip connection, in other coordinates
     network: Any = getattr(policy, "network", None) or policy.action_net
     has_skip_connection = network.skip_connection

@@ -166,7 +166,7 @@ def evaluate(
     :param exp_id: Number of the run, 0 for the latest
     :param load_best: Whether to load the best model instead of the last one
     :param n_eval_episodes: Number of episodes
-    :param stochastic: Whether to sample the actions. None: as the authors of the algorithm do, with FQL
+    :param stochastic: Whether to sample the actions. None: as the authors of the algorithm do, with the offline ones
     :param seed: Seed of the environment and of the actions
     :param device: PyTorch device
     :return: what is in evaluation.json: mean and standard deviation of the return, and how they were obtained

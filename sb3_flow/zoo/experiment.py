@@ -258,6 +258,11 @@ class FlowExperimentManager(CheckedExperimentManager):
             n_timesteps = self.n_timesteps if self.n_timesteps > 0 else int(hyperparams["n_timesteps"])
             self.n_evaluations = max(1, (self.offline_steps + n_timesteps) // 100_000)
         processed = super()._preprocess_hyperparams(hyperparams)
+        if self.n_timesteps > 0 and not getattr(ALGOS[self.algo], "learns_online", True):
+            raise InputError(
+                f"argument -n/--n-timesteps: found {self.n_timesteps}, but {self.algo} learns offline only, expected 0: "
+                "the number of its gradient steps is `offline_steps` (-params offline_steps:100000)"
+            )
         if self.n_timesteps + self.offline_steps == 0:
             raise InputError("argument -n/--n-timesteps: 0 timesteps, and no `offline_steps`: there is nothing to learn")
         if not self._eval_env_kwargs_args:

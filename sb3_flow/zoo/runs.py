@@ -222,10 +222,11 @@ class Run:
         self.state = self.last_state(args.n_timesteps)
         for reason in self.state.skipped:
             print(f"Skipped {reason}")
+        learns_online = getattr(ALGOS[self.algo], "learns_online", True)
         if self.state.num_timesteps >= total and self.state.model.path == self.final_model:
             raise RunIsFinished(
                 f"{self.folder} is finished, after {self.state.num_timesteps} of {total} timesteps: "
-                "it goes on with a larger -n/--n-timesteps"
+                + ("it goes on with a larger -n/--n-timesteps" if learns_online else "it learns offline only")
             )
         args.trained_agent = str(self.state.model.path)
         return lock(self.folder) if distributed.rank() == 0 else contextlib.nullcontext()

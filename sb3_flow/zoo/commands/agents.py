@@ -112,7 +112,9 @@ def evaluate() -> None:
     parser = trained_agent_parser(prog="sb3-flow evaluate", description=evaluate.__doc__)
     parser.add_argument("-n", "--n-eval-episodes", help="Number of episodes", default=10, type=integer(1))
     noise = parser.add_mutually_exclusive_group()
-    noise.add_argument("--stochastic", action="store_true", help="Use stochastic actions (default of FQL)", default=None)
+    noise.add_argument(
+        "--stochastic", action="store_true", help="Use stochastic actions (default of offline ones)", default=None
+    )
     noise.add_argument(
         "--deterministic", action="store_false", dest="stochastic", help="Use deterministic actions (default of the others)"
     )
