@@ -135,7 +135,7 @@ def test_chains_stay_with_their_transition(monkeypatch):
 
 
 def reference_loss(ratios, advantages, clip_ranges, gamma_denoising):
-    """The policy loss, one number after the other: eq. 4.5 of DPPO's paper, PPO's clipping."""
+    """The policy loss, one number after the other: the discount of DPPO, PPO's clipping."""
     terms, n_steps = [], len(clip_ranges)
     for row, advantage in zip(ratios.tolist(), advantages.tolist(), strict=True):
         for k, ratio in enumerate(row):
@@ -273,6 +273,12 @@ def test_first_clip_range_of_a_schedule():
     model = make_model(first_clip_range=0.1, clip_range=lambda progress: 0.2 * progress)
     clip_ranges = model._clip_range_of_steps(0.05, th.ones(1, 4))
     assert clip_ranges.tolist() == pytest.approx([0.05] * 4)
+
+
+def test_loaded_as_rl_zoo3_does(tmp_path):
+    """With a clip range of zero, for acting only."""
+    make_model(first_clip_range=0.1).save(tmp_path / "model")
+    DPPO.load(tmp_path / "model", custom_objects=dict(clip_range=lambda _: 0.0, learning_rate=0.0)).predict(OBS)
 
 
 def test_noise_is_saved(tmp_path):

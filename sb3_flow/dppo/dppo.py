@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import (
 )
 
 from sb3_flow import distributed
-from sb3_flow.common.checks import FINITE_POSITIVE, FRACTION, check_floats, to_int
+from sb3_flow.common.checks import FINITE_POSITIVE, FRACTION, check_floats, to_float, to_int
 from sb3_flow.common.flow import check_choice
 from sb3_flow.common.surrogates import surrogate_objective
 from sb3_flow.dppo.buffers import ChainDictRolloutBuffer, ChainRolloutBuffer
@@ -205,6 +205,13 @@ class DPPO(FlowOnPolicyAlgorithm):
         self.gamma_denoising = gamma_denoising
         self.first_clip_range = first_clip_range
         self.log_prob_reduction = log_prob_reduction
+        # (rl-zoo3 loads models that will not train with a clip range of zero)
+        last_clip_range = float(clip_range(1.0) if callable(clip_range) else clip_range)
+        if first_clip_range is not None and to_float("first_clip_range", first_clip_range, FINITE_POSITIVE) > last_clip_range:
+            raise ValueError(
+                f"`first_clip_range` must be at most `clip_range` = {last_clip_range}, to which it grows over the steps, "
+                f"it is {first_clip_range}"
+            )
 
         if _init_setup_model:
             self._setup_model()
@@ -216,12 +223,6 @@ class DPPO(FlowOnPolicyAlgorithm):
             self.n_trained_steps = to_int("n_trained_steps", self.n_trained_steps, at_least=1)
         self._check_rollout_buffer_class()
         super()._check_arguments()
-        clip_range = self.clip_range(1.0) if callable(self.clip_range) else self.clip_range
-        if self.first_clip_range is not None and self.first_clip_range > clip_range:
-            raise ValueError(
-                f"`first_clip_range` must be at most `clip_range` = {clip_range}, to which it grows over the steps, "
-                f"it is {self.first_clip_range}"
-            )
 
     def _check_rollout_buffer_class(self) -> None:
         is_dict = isinstance(self.observation_space, spaces.Dict)
@@ -312,7 +313,7 @@ class DPPO(FlowOnPolicyAlgorithm):
     def _policy_loss(self, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
         """
         PPO's clipped objective of each step, to be minimised. The action is that of the last one: what the others do is
-        discounted (DPPO, eq. 4.5).
+        discounted.
 
         :param ratio: (batch, n_steps)
         :param advantages: (batch,)
