@@ -201,6 +201,31 @@ def test_lower_bound_of_fql():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_anchor():
+    """The loss of flow anchoring, for hand-written paths, and what it trains."""
+    model = make_model(FQL, distillation="anchor", normalize_q_loss=True, alpha=3.0)
+    randomize(model)
+    batch = make_batch(model)
+    th.manual_seed(2)
+    distill_loss, _ = model._actor_losses(batch)
+    th.manual_seed(2)
+    noise, t = th.randn(16, 1), th.rand(16).unsqueeze(1)
+    actions = model.actor.mu(th.cat([batch.observations, noise], dim=1))
+    velocity = plain_flow(model.bc_flow, batch.observations, t * noise + (1 - t) * actions, t)
+    expected = (noise - actions - velocity).square().mean()
+    assert distill_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = list(model.actor.parameters())
+    reference = th.autograd.grad(expected, parameters)
+    for gradient, plain in zip(th.autograd.grad(distill_loss, parameters, retain_graph=True), reference, strict=True):
+        th.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-6)
+    distill_loss.backward()
+    assert all(parameter.grad is None for parameter in model.bc_flow.parameters())
+    assert all(parameter.requires_grad for parameter in model.bc_flow.parameters())
+    model = make_model(FQL, dataset=make_dataset(), distillation="anchor").learn_offline(20)
+    with pytest.raises(ValueError, match="Unknown `distillation`: 'flow', it must be one of 'samples', 'anchor'"):
+        make_model(FQL, distillation="flow")
+
+
 def test_aggregation():
     q_values = th.tensor([[1.0, 2.0], [3.0, 2.0], [5.0, -1.0]])
     assert aggregate(q_values).tolist() == [3, 1] and aggregate(q_values, "min").tolist() == [1, -1]

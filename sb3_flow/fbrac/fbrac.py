@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sb3_flow import distributed
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
 from sb3_flow.fbrac.policies import CnnPolicy, FBRACPolicy, MlpPolicy, MultiInputPolicy
-from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
+from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.values import aggregate, td_target
 
@@ -209,7 +209,7 @@ class FBRAC(OfflineAlgorithm):
         :return: Q term of the flow, which has a gradient through all of its steps
         """
         actions = self.bc_flow.integrate(batch.observations, th.randn_like(batch.actions))
-        with self._critic_held_fixed():
+        with held_fixed(self.critic):
             q_values = self.critic(batch.observations, actions).mean(dim=0)
         q_loss = -q_values.mean()
         return q_loss / distributed.mean(q_values.detach().abs().mean()) if self.normalize_q_loss else q_loss

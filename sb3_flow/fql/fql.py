@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from sb3_flow import distributed
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
 from sb3_flow.common.cuda_graphs import has_replaced_methods, in_parallel
+from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.fql.policies import CnnPolicy, FQLPolicy, MlpPolicy, MultiInputPolicy
-from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
+from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import OneStepActor
 from sb3_flow.offline.values import aggregate, td_target
@@ -25,7 +26,10 @@ from sb3_flow.offline.values import aggregate, td_target
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
 
 #: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
-IN_GRAPH = ("alpha", "q_agg", "rho", "normalize_q_loss", "gamma", "tau")
+IN_GRAPH = ("alpha", "distillation", "q_agg", "rho", "normalize_q_loss", "gamma", "tau")
+
+#: How the one-step policy is tied to the flow.
+DISTILLATIONS = ("samples", "anchor")
 
 
 class FQL(OfflineAlgorithm):
@@ -46,6 +50,9 @@ class FQL(OfflineAlgorithm):
     :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
     :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
     :param alpha: Weight of the distillation (behavioral cloning) in the loss of the one-step policy
+    :param distillation: How the one-step policy is tied to the flow: "samples", to the end of the flow from the same noise
+        (FQL), or "anchor", to its velocity somewhere on the way to the policy's own action (flow anchoring,
+        https://arxiv.org/abs/2605.01663), which takes one evaluation of the flow instead of one for each of its steps
     :param q_agg: How the critics are put together for the target: "mean" or "min"
     :param rho: How many of their standard deviations are subtracted from the mean of the critics for the target, for ensembles
         of about ten (``policy_kwargs=dict(n_critics=10)``, with 0.5). Must be 0 with "min".
@@ -114,6 +121,7 @@ class FQL(OfflineAlgorithm):
         dataset_kwargs: dict[str, Any] | None = None,
         offline_steps: int = 0,
         alpha: float = 10.0,
+        distillation: str = "samples",
         q_agg: str = "mean",
         rho: float = 0.0,
         normalize_q_loss: bool = False,
@@ -176,6 +184,7 @@ class FQL(OfflineAlgorithm):
         )
 
         self.alpha = alpha
+        self.distillation = distillation
         self.q_agg = q_agg
         self.rho = rho
         self.normalize_q_loss = normalize_q_loss
@@ -186,6 +195,7 @@ class FQL(OfflineAlgorithm):
                 self.set_dataset(dataset, **self.dataset_kwargs)
 
     def _check_arguments(self) -> None:
+        check_choice("distillation", self.distillation, DISTILLATIONS)
         check_floats(self, dict(alpha=NOT_NEGATIVE))
         self._check_aggregation()
         self.normalize_q_loss = to_bool("normalize_q_loss", self.normalize_q_loss)
@@ -236,15 +246,33 @@ class FQL(OfflineAlgorithm):
         :return: distillation loss and Q term of the one-step policy
         """
         noise = th.randn_like(batch.actions)
-        (actions, q_values), flow_actions = in_parallel(
-            lambda: self._actions_and_values(batch, noise), lambda: self.bc_flow.sample(batch.observations, noise)
-        )
-        # The flow's action is clipped, the policy's is not: it is pulled back inside
-        distill_loss = F.mse_loss(actions, flow_actions)
+        if self.distillation == "samples":
+            (actions, q_values), flow_actions = in_parallel(
+                lambda: self._actions_and_values(batch, noise), lambda: self.bc_flow.sample(batch.observations, noise)
+            )
+            # The flow's action is clipped, the policy's is not: it is pulled back inside
+            distill_loss = F.mse_loss(actions, flow_actions)
+        else:
+            actions, q_values = self._actions_and_values(batch, noise)
+            distill_loss = self._anchor_loss(batch, actions, noise)
         q_loss = -q_values.mean()
         if self.normalize_q_loss:
             q_loss = q_loss / distributed.mean(q_values.detach().abs().mean())
         return distill_loss, q_loss
+
+    def _anchor_loss(
+        self, batch: ReplayBufferSamples | DictReplayBufferSamples, actions: th.Tensor, noise: th.Tensor
+    ) -> th.Tensor:
+        """
+        :param batch: Transitions
+        :param actions: of the one-step policy, not clipped, (batch, action_dim)
+        :param noise: that they are made of, (batch, action_dim)
+        :return: CFM loss of the flow for these actions, which trains them, not the flow
+        """
+        timesteps = th.rand(len(noise), device=self.device)
+        with held_fixed(self.bc_flow):
+            velocity = self.bc_flow(batch.observations, interpolate(actions, noise, timesteps), timesteps)
+        return cfm_loss(velocity, actions, noise, timesteps).mean()
 
     def _actions_and_values(
         self, batch: ReplayBufferSamples | DictReplayBufferSamples, noise: th.Tensor
@@ -255,7 +283,7 @@ class FQL(OfflineAlgorithm):
         :return: actions of the one-step policy, not clipped, (batch, action_dim), and their values, (batch,)
         """
         actions = self.actor.unclipped_actions(batch.observations, noise)
-        with self._critic_held_fixed():
+        with held_fixed(self.critic):
             q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
         return actions, q_values
 

@@ -433,19 +433,6 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
         return cfm_loss(velocity, batch.actions, noise, timesteps)
 
-    @contextlib.contextmanager
-    def _critic_held_fixed(self) -> Iterator[None]:
-        """The critics give a gradient to actions, but have none themselves (as some of their parameters may have anyway)."""
-        trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            # (Ctrl-C, or too little memory, and then the training goes on)
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
     def _record_losses(self, names: Iterable[str], losses: list[list[float]]) -> None:
         for name, value in zip(names, np.mean(losses, axis=0), strict=True):
             self.logger.record(f"train/{name}", float(value))
@@ -876,6 +863,24 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+
+@contextlib.contextmanager
+def held_fixed(network: th.nn.Module) -> Iterator[None]:
+    """
+    A network that gives a gradient to its inputs, but has none itself.
+
+    :param network: Network (some of its parameters may be fixed anyway)
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        # (Ctrl-C, or too little memory, and then the training goes on)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _not_finite(losses: dict[str, float]) -> str:
