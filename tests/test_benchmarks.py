@@ -4,15 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch as th
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 pytest.importorskip("rliable", reason='needs pip install "sb3-flow[plots]"')
 
+import ablations
 import dmc
 import envpool_tasks
+import levers
 import report
 import runs
 
+import sb3_flow
 from sb3_flow.envs import envpool
 
 TASKS = ["Hopper-v5", "Ant-v5"]
@@ -122,3 +126,56 @@ def test_comparison_of_simulators(monkeypatch, env_id):
     model, _ = ordinary.state
     model.opt.timestep *= 1.001
     assert envpool_tasks.compare_steps(ordinary, seed=0)["observation"]["max"] > 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in ablations.VARIANTS if not name.startswith("PPO")])
+def test_variants_of_the_ablation_learn(name):
+    """Each is what it says, and an update changes all of its networks."""
+    variant = ablations.VARIANTS[name]
+    algorithm = getattr(levers, variant.algorithm, sb3_flow.FPO)
+    policy = variant.policy if variant.policy == "MlpPolicy" else getattr(levers, variant.policy)
+    arguments = variant.arguments or {}
+    model = algorithm(policy, "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=1, seed=0, device="cpu", **arguments)
+    assert type(model).__name__ == variant.algorithm
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(128)
+    if name != "Moving average":
+        assert not any(th.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
+
+
+def test_colored_noise():
+    """Each value is standard normal, and depends on those before."""
+    noise = levers.colored_noise(0.5, 1000, 2000, np.random.default_rng(0))
+    assert noise.shape == (1000, 2000)
+    assert noise.std() == pytest.approx(1, abs=0.02) and noise[500].std() == pytest.approx(1, abs=0.06)
+    assert 0.1 < np.mean(noise[1:] * noise[:-1]) < 0.5
+    white = levers.colored_noise(0.0, 1000, 2000, np.random.default_rng(0))
+    assert abs(np.mean(white[1:] * white[:-1])) < 0.01
+
+
+def test_categorical_values():
+    """The mean of the histogram that has the least loss is the target."""
+    values = levers.CategoricalValues(4)
+    latent, optimizer = th.eye(4), th.optim.Adam(values.parameters(), lr=0.1)
+    targets = th.tensor([-3.0, 0.0, 0.123, 4.0])
+    for _ in range(300):
+        values(latent)
+        optimizer.zero_grad()
+        values.loss(targets).backward()
+        optimizer.step()
+    th.testing.assert_close(values(latent).flatten(), targets, rtol=0, atol=0.03)
+
+
+def test_staggered_episodes():
+    """The first episodes end one after the other, those that follow have their whole length."""
+    pytest.importorskip("envpool", reason='needs pip install "sb3-flow[envpool]"')
+    env = levers.StaggeredEnvPool("HalfCheetah-v5", 4)
+    env.seed(0)
+    env.reset()
+    ends: list[list[int]] = [[] for _ in range(4)]
+    actions = np.zeros((4, *env.action_space.shape), np.float32)
+    for step in range(1, 1300):
+        for index in np.flatnonzero(env.step(actions)[2]):
+            ends[index].append(step)
+    assert [steps[0] for steps in ends] == [250, 500, 750, 1000]
+    assert ends[0][1] == 1250
