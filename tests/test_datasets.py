@@ -971,6 +971,8 @@ def test_unknown_arguments(dataset):
     for name, meant in close.items():
         with pytest.raises(ValueError, match=rf"unknown argument '{name}' \(did you mean '{meant}'\?\)"):
             load_dataset(dataset, **{name: True})
+    with pytest.raises(ValueError, match=r"unknown argument 'dataset_dir': .* \"ogbench:NAME@PATH\""):
+        load_dataset(dataset, dataset_dir=".")
     if "singletask" not in dataset:
         pytest.importorskip("ogbench", reason='needs pip install "sb3-flow[offline]"')
         with pytest.raises(ValueError, match="unknown argument 'success_timing': only single tasks of OGBench have others"):
