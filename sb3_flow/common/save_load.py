@@ -55,7 +55,15 @@ def check_model_file(
 
 
 class CheckedLoad(BaseAlgorithm):
-    """An algorithm whose ``load`` tells what is wrong with a file that is not a model of it."""
+    """An algorithm with policies of its own, whose ``load`` tells what is wrong with a file that is not a model of it."""
+
+    def _check_policy_class(self) -> None:
+        """
+        :raises ValueError: if the policy is one of another algorithm
+        """
+        wanted = self.policy_aliases["MlpPolicy"]
+        if not issubclass(self.policy_class, wanted):
+            raise ValueError(f"`policy` must be a {wanted.__name__}, it is {self.policy_class}")
 
     # (what is not looked at here is passed on, and not named again: not the signature of BaseAlgorithm to mypy)
     @classmethod

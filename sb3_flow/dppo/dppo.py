@@ -140,6 +140,7 @@ class DPPO(FlowOnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
+    # (that of the parent's parent is one of SB3's own)
     policy: DPPOPolicy  # type: ignore[assignment]
     rollout_buffer: ChainRolloutBuffer
 

@@ -117,6 +117,7 @@ class DPPOPolicy(FlowActorCriticPolicy):
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         raise NotImplementedError("Only the likelihood of the steps of a chain is known: see evaluate_chains()")
 
+    # (a chain in place of the log probability)
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
         """
         Forward pass in all the networks (actor and critic), to collect a rollout

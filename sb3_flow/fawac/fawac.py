@@ -18,7 +18,6 @@ from sb3_flow.fawac.policies import CnnPolicy, FAWACPolicy, MlpPolicy, MultiInpu
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import ValueNetwork
-from sb3_flow.offline.values import aggregate, td_target
 
 SelfFAWAC = TypeVar("SelfFAWAC", bound="FAWAC")
 
@@ -193,19 +192,6 @@ class FAWAC(OfflineAlgorithm):
             weight_mean=weights.mean(),
             q_mean=q_values.mean(),
         )
-
-    def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param batch: Transitions
-        :return: mean squared TD error over the critics, and their Q-values, (n_critics, batch)
-        """
-        with th.no_grad():
-            # Select action according to the flow. It has no target network
-            next_actions = self.bc_flow.sample(batch.next_observations, th.randn_like(batch.actions))
-            next_q_values = aggregate(self.critic_target(batch.next_observations, next_actions), self.q_agg, self.rho)
-            target_q_values = td_target(batch, next_q_values, self.gamma)
-        q_values = self.critic(batch.observations, batch.actions)
-        return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
 
     def _value_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
         """

@@ -11,14 +11,11 @@ from stable_baselines3.common.type_aliases import (
     ReplayBufferSamples,
     Schedule,
 )
-from torch.nn import functional as F
 
-from sb3_flow import distributed
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
 from sb3_flow.fbrac.policies import CnnPolicy, FBRACPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
 from sb3_flow.offline.datasets import Dataset
-from sb3_flow.offline.values import aggregate, td_target
 
 SelfFBRAC = TypeVar("SelfFBRAC", bound="FBRAC")
 
@@ -190,19 +187,6 @@ class FBRAC(OfflineAlgorithm):
             critic_loss=critic_loss, bc_flow_loss=bc_flow_loss, q_loss=q_loss, q_mean=q_values.mean()
         )
 
-    def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param batch: Transitions
-        :return: mean squared TD error over the critics, and their Q-values, (n_critics, batch)
-        """
-        with th.no_grad():
-            # Select action according to the flow. It has no target network
-            next_actions = self.bc_flow.sample(batch.next_observations, th.randn_like(batch.actions))
-            next_q_values = aggregate(self.critic_target(batch.next_observations, next_actions), self.q_agg, self.rho)
-            target_q_values = td_target(batch, next_q_values, self.gamma)
-        q_values = self.critic(batch.observations, batch.actions)
-        return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
-
     def _q_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
         """
         :param batch: Transitions
@@ -211,8 +195,7 @@ class FBRAC(OfflineAlgorithm):
         actions = self.bc_flow.integrate(batch.observations, th.randn_like(batch.actions))
         with held_fixed(self.critic):
             q_values = self.critic(batch.observations, actions).mean(dim=0)
-        q_loss = -q_values.mean()
-        return q_loss / distributed.mean(q_values.detach().abs().mean()) if self.normalize_q_loss else q_loss
+        return self._q_term(q_values)
 
     def learn_offline(
         self: SelfFBRAC,

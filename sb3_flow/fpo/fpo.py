@@ -177,6 +177,7 @@ class FPO(FlowOnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
+    # (that of the parent's parent is one of SB3's own)
     policy: FlowPolicy  # type: ignore[assignment]
 
     def __init__(

@@ -242,6 +242,20 @@ class FlowPolicy(FlowActorCriticPolicy):
                 "The networks of the actor were replaced or changed: call `create_ema()` again, for an average of the new ones"
             )
 
+    # (ActorCriticPolicy says what is returned without types)
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
+        """
+        Forward pass in all the networks (actor and critic), to collect a rollout
+
+        :param obs: Observation
+        :param deterministic: Whether to integrate from zero noise, without perturbation
+        :return: raw action, ``(batch, *action_space.shape)``, value, (batch, 1), and zeros, (batch,),
+            in place of the log probability, which a flow policy does not need
+        :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
+        """
+        actions, values = self._collect(obs, deterministic)
+        return self._shape_actions(actions, obs), values, values.new_zeros(values.shape[0])
+
     def _collect(self, obs: PyTorchObs, deterministic: bool) -> tuple[th.Tensor, th.Tensor]:
         in_graph = None
         if self.captures_forward and not deterministic and not th.is_grad_enabled() and not is_transformed():

@@ -13,7 +13,6 @@ from stable_baselines3.common.type_aliases import (
 )
 from torch.nn import functional as F
 
-from sb3_flow import distributed
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
 from sb3_flow.common.cuda_graphs import has_replaced_methods, in_parallel
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
@@ -21,7 +20,6 @@ from sb3_flow.fql.policies import CnnPolicy, FQLPolicy, MlpPolicy, MultiInputPol
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import OneStepActor
-from sb3_flow.offline.values import aggregate, td_target
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
 
@@ -227,18 +225,12 @@ class FQL(OfflineAlgorithm):
             q_mean=q_values.mean(),
         )
 
-    def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _next_actions(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
         """
         :param batch: Transitions
-        :return: mean squared TD error over the critics, and their Q-values, (n_critics, batch)
+        :return: actions of the one-step policy, which has no target network, (batch, action_dim)
         """
-        with th.no_grad():
-            # Select action according to the one-step policy. It has no target network
-            next_actions = self.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
-            next_q_values = aggregate(self.critic_target(batch.next_observations, next_actions), self.q_agg, self.rho)
-            target_q_values = td_target(batch, next_q_values, self.gamma)
-        q_values = self.critic(batch.observations, batch.actions)
-        return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
+        return self.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
 
     def _actor_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -255,10 +247,7 @@ class FQL(OfflineAlgorithm):
         else:
             actions, q_values = self._actions_and_values(batch, noise)
             distill_loss = self._anchor_loss(batch, actions, noise)
-        q_loss = -q_values.mean()
-        if self.normalize_q_loss:
-            q_loss = q_loss / distributed.mean(q_values.detach().abs().mean())
-        return distill_loss, q_loss
+        return distill_loss, self._q_term(q_values)
 
     def _anchor_loss(
         self, batch: ReplayBufferSamples | DictReplayBufferSamples, actions: th.Tensor, noise: th.Tensor

@@ -4,6 +4,7 @@ import contextlib
 import io
 import pathlib
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -48,7 +49,7 @@ from sb3_flow.offline.buffers import OfflineBuffer, concatenate_samples, fill_te
 from sb3_flow.offline.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.offline.policies import NETWORKS, BCFlow, EnsembleCritic
 from sb3_flow.offline.transitions import Transitions, check_transitions, fit_observations, map_arrays
-from sb3_flow.offline.values import Q_AGGREGATIONS
+from sb3_flow.offline.values import Q_AGGREGATIONS, aggregate, td_target
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
 
@@ -129,6 +130,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     critic_target: EnsembleCritic
     q_agg: str
     rho: float
+    normalize_q_loss: bool
 
     def __init__(
         self,
@@ -249,9 +251,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             raise ValueError(f'`rho` must be 0 with `q_agg="{self.q_agg}"`, it is {self.rho}: it is subtracted from the mean')
 
     def _setup_model(self) -> None:
-        policy_class = self.policy_aliases["MlpPolicy"]
-        if not issubclass(self.policy_class, policy_class):
-            raise ValueError(f"`policy` must be a {policy_class.__name__}, it is {self.policy_class}")
+        self._check_policy_class()
         self._check_arguments()
         # Another may be given to a model that is loaded
         self.dataset = dataset_name(self.dataset) or self.dataset
@@ -416,12 +416,38 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self._record_losses(values, logged)
 
+    @abstractmethod
     def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         :param batch: Transitions
         :return: the loss of all networks, and what is logged of it
         """
-        raise NotImplementedError
+
+    def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param batch: Transitions
+        :return: mean squared TD error over the critics, and their Q-values, (n_critics, batch)
+        """
+        with th.no_grad():
+            next_q_values = self.critic_target(batch.next_observations, self._next_actions(batch))
+            target_q_values = td_target(batch, aggregate(next_q_values, self.q_agg, self.rho), self.gamma)
+        q_values = self.critic(batch.observations, batch.actions)
+        return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
+
+    def _next_actions(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+        """
+        :param batch: Transitions
+        :return: what the policy does next: here actions of the flow, which has no target network, (batch, action_dim)
+        """
+        return self.bc_flow.sample(batch.next_observations, th.randn_like(batch.actions))
+
+    def _q_term(self, q_values: th.Tensor) -> th.Tensor:
+        """
+        :param q_values: of the actions of a policy, (batch,)
+        :return: what is to be minimised for them to be large
+        """
+        q_loss = -q_values.mean()
+        return q_loss / distributed.mean(q_values.detach().abs().mean()) if self.normalize_q_loss else q_loss
 
     def _bc_flow_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
         """

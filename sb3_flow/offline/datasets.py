@@ -469,7 +469,7 @@ def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
     for name in ("dataset_dir", "dataset_path"):
         # (those of OGBench's own function)
         if name in kwargs:
-            raise ValueError(f"unknown argument {name!r}: where the files of OGBench are is said by \"ogbench:NAME@PATH\"")
+            raise ValueError(f'unknown argument {name!r}: where the files of OGBench are is said by "ogbench:NAME@PATH"')
     for name in kwargs.keys() - {*_OF_SET_DATASET}:
         for close in difflib.get_close_matches(name, _OF_SET_DATASET + _OF_LOAD_DATASET, 1, cutoff=0.7):
             raise ValueError(f"unknown argument {name!r} (did you mean {close!r}?)")

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -98,6 +99,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         Setting it to auto, the code will be run on the GPU if possible.
     """
 
+    # (not a policy of SB3's own, which is what the parent has)
     policy: FlowActorCriticPolicy  # type: ignore[assignment]
 
     def __init__(
@@ -128,6 +130,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         device: th.device | str,
     ):
         super().__init__(
+            # (not the policies that the parent names, and a gradient that is not clipped)
             policy,  # type: ignore[arg-type]
             env,
             learning_rate=learning_rate,
@@ -196,9 +199,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
                 )
 
     def _setup_model(self) -> None:
-        policy_class = self.policy_aliases["MlpPolicy"]
-        if not issubclass(self.policy_class, policy_class):
-            raise ValueError(f"`policy` must be a {policy_class.__name__}, it is {self.policy_class}")
+        self._check_policy_class()
         self._check_arguments()
         super()._setup_model()
 
@@ -311,21 +312,22 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         """
         return None
 
+    @abstractmethod
     def _to_rollout(self, data: RolloutBufferSamples | DictRolloutBufferSamples) -> Any:
         """
         :param data: The whole rollout, on the device and shuffled
         :return: what the updates need of it: at least its observations, old values, advantages and returns, and a method
             ``select`` of indices
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _evaluate_old_policy(self, rollout: Any) -> Any:
         """
         :param rollout: The rollout, with the policy that collected it
         :return: what the updates compare their policy with, and a method ``select`` of indices
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _losses(self, batch: Any, old: Any, clip_ranges: ClipRanges, needs_kl: bool) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         :param batch: Transitions
@@ -334,7 +336,6 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         :param needs_kl: Whether the KL divergence, ``approx_kl``, is among the statistics
         :return: the loss, and what is logged of it
         """
-        raise NotImplementedError
 
     def _end_iteration(self, observations: PyTorchObs) -> None:
         """

@@ -1,6 +1,7 @@
 """The policy of the on-policy algorithms: an actor that is a flow, and a value function."""
 
 import math
+from abc import abstractmethod
 from typing import Any, cast
 
 import numpy as np
@@ -295,27 +296,6 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         """
         return self._latent_pi_and_values(obs)[1]
 
-    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
-        """
-        Forward pass in all the networks (actor and critic), to collect a rollout
-
-        :param obs: Observation
-        :param deterministic: Whether to integrate from zero noise, without perturbation
-        :return: raw action, ``(batch, *action_space.shape)``, value, (batch, 1), and zeros, (batch,),
-            in place of the log probability, which a flow policy does not need
-        :raises ValueError: if the action is not finite, telling whether the observation or the weights are the cause
-        """
-        actions, values = self._collect(obs, deterministic)
-        return self._shape_actions(actions, obs), values, values.new_zeros(values.shape[0])
-
-    def _collect(self, obs: PyTorchObs, deterministic: bool) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param obs: Observation
-        :param deterministic: Whether to integrate from zero noise, without perturbation
-        :return: raw action, (batch, action_dim), and value, (batch, 1)
-        """
-        raise NotImplementedError
-
     def _shape_actions(self, actions: th.Tensor, obs: PyTorchObs) -> th.Tensor:
         """
         :param actions: Raw actions, (batch, action_dim)
@@ -347,6 +327,7 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         actor = self._actor()
         return cast(FlowNetwork, actor[1]), self._latent_pi(obs, actor)
 
+    @abstractmethod
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """
         :param action_net: The flow network that predicts
@@ -354,7 +335,6 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         :param deterministic: Whether to integrate from zero noise
         :return: Raw action, (batch, action_dim)
         """
-        raise NotImplementedError
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
         return th.randn((len(features), self.action_net.action_dim), dtype=features.dtype, device=features.device)
