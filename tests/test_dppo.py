@@ -246,6 +246,20 @@ def test_save_load(tmp_path, kwargs):
     loaded.learn(128, reset_num_timesteps=False)
 
 
+def test_numbers_of_the_papers():
+    """Those of the authors' files: cfg/robomimic/finetune/square/ft_ppo_diffusion_mlp.yaml (DPPO), playground (FPO)."""
+    model = DPPO("MlpPolicy", "Pendulum-v1", **presets.PAPER)
+    assert (model.clip_range(1.0), model.first_clip_range, model.gamma_denoising) == (0.01, 0.001, 0.99)
+    assert (model.n_trained_steps, model.policy.n_flow_steps, model.policy.noise_std) == (10, 20, 0.1)
+    # SB3 stops at 1.5 times what it is given
+    assert 1.5 * model.target_kl == pytest.approx(1.0) and model.n_epochs == 10 and model.log_prob_reduction == "mean"
+    model = DPPO("MlpPolicy", "Pendulum-v1", **presets.FPO_PAPER)
+    assert (model.clip_range(1.0), model.gamma_denoising, model.n_trained_steps) == (0.2, 1.0, None)
+    assert (model.policy.n_flow_steps, model.policy.noise_std, model.policy.output_scale) == (10, 0.05, 0.25)
+    assert (model.n_epochs, model.gamma, model.vf_coef, model.learning_rate) == (16, 0.995, 0.25, 3e-4)
+    assert model.log_prob_reduction == "sum" and model.policy.squash_type == "tanh"
+
+
 def test_same_seed_same_run():
     results = []
     for seed in (7, 7, 8):
