@@ -8,7 +8,8 @@ from sb3_flow.flow_bc import FlowBC
 from sb3_flow.fpo import FPO, presets
 from sb3_flow.fql import FQL
 from sb3_flow.ifql import IFQL
+from sb3_flow.qc import QC
 
 __version__ = (Path(__file__).parent / "version.txt").read_text().strip()
 
-__all__ = ["DPPO", "FAWAC", "FBRAC", "FPO", "FQL", "IFQL", "FlowBC", "__version__", "presets"]
+__all__ = ["DPPO", "FAWAC", "FBRAC", "FPO", "FQL", "IFQL", "QC", "FlowBC", "__version__", "presets"]

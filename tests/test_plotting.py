@@ -95,6 +95,19 @@ def test_paths_of_a_skip_connection(prediction_type):
         assert np.allclose(paths.std(axis=(1, 2)), expected, rtol=0.1)
 
 
+def test_paths_of_actions_with_axes():
+    """Of chunks: each number of an action has its own bounds."""
+    model = FQL("MlpPolicy", Reach(), chunk_size=3, buffer_size=10, policy_kwargs=dict(net_arch=[16], n_flow_steps=N_TIMES))
+    th.manual_seed(0)
+    paths = flow_paths(model, np.zeros(3, "f4"), n_samples=50)
+    assert paths.shape == (N_TIMES + 1, 50, 12)
+    th.manual_seed(0)
+    chunks, _ = model.policy.bc_flow.predict(np.zeros((50, 3), "f4"))
+    assert np.allclose(
+        np.clip(paths[-1].reshape(50, 3, 4), Reach.action_space.low, Reach.action_space.high), chunks, atol=1e-4
+    )
+
+
 def test_plot_flow_errors(tmp_path):
     with pytest.raises(ValueError, match="PPO has no flow to draw"):
         plot_flow(PPO("MlpPolicy", "Pendulum-v1", device="cpu"), np.zeros(3, "f4"), tmp_path / "flow.png")

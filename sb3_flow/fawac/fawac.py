@@ -5,10 +5,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
-    DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
     Schedule,
 )
 from torch.nn import functional as F
@@ -16,6 +14,7 @@ from torch.nn import functional as F
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats
 from sb3_flow.fawac.policies import CnnPolicy, FAWACPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
+from sb3_flow.offline.buffers import Batch
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import ValueNetwork
 
@@ -175,7 +174,7 @@ class FAWAC(OfflineAlgorithm):
         self._check_aggregation()
         super()._check_arguments()
 
-    def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _losses(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         The losses of the critics, of the values and of the flow.
 
@@ -193,7 +192,7 @@ class FAWAC(OfflineAlgorithm):
             q_mean=q_values.mean(),
         )
 
-    def _value_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+    def _value_loss(self, batch: Batch) -> th.Tensor:
         """
         :param batch: Transitions
         :return: squared distance of the values from those of the critics, for the actions of the batch
@@ -202,7 +201,7 @@ class FAWAC(OfflineAlgorithm):
             q_values = self.critic_target(batch.observations, batch.actions).mean(dim=0)
         return F.mse_loss(self.value(batch.observations), q_values)
 
-    def _weights(self, batch: ReplayBufferSamples | DictReplayBufferSamples, q_values: th.Tensor) -> th.Tensor:
+    def _weights(self, batch: Batch, q_values: th.Tensor) -> th.Tensor:
         """
         :param batch: Transitions
         :param q_values: of their actions, (n_critics, batch)

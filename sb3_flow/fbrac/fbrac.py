@@ -5,16 +5,15 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
-    DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
     Schedule,
 )
 
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
 from sb3_flow.fbrac.policies import CnnPolicy, FBRACPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
+from sb3_flow.offline.buffers import Batch
 from sb3_flow.offline.datasets import Dataset
 
 SelfFBRAC = TypeVar("SelfFBRAC", bound="FBRAC")
@@ -174,7 +173,7 @@ class FBRAC(OfflineAlgorithm):
         self._check_aggregation()
         super()._check_arguments()
 
-    def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _losses(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         The losses of the critics and of the flow.
 
@@ -187,7 +186,7 @@ class FBRAC(OfflineAlgorithm):
             critic_loss=critic_loss, bc_flow_loss=bc_flow_loss, q_loss=q_loss, q_mean=q_values.mean()
         )
 
-    def _q_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+    def _q_loss(self, batch: Batch) -> th.Tensor:
         """
         :param batch: Transitions
         :return: Q term of the flow, which has a gradient through all of its steps

@@ -3,15 +3,14 @@ from typing import Any, ClassVar, TypeVar
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
-    DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
     Schedule,
 )
 
 from sb3_flow.flow_bc.policies import CnnPolicy, FlowBCPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
+from sb3_flow.offline.buffers import Batch
 from sb3_flow.offline.datasets import Dataset
 
 SelfFlowBC = TypeVar("SelfFlowBC", bound="FlowBC")
@@ -32,6 +31,8 @@ class FlowBC(OfflineAlgorithm):
     :param dataset: What to clone, see :func:`sb3_flow.offline.datasets.load_dataset`
     :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
     :param offline_steps: Number of gradient steps of :meth:`learn`
+    :param chunk_size: Number of steps that are cloned, and taken, as one action. ``predict`` then needs the state that it
+        returns, and where episodes start, as recurrent policies do: without a state it begins a new chunk.
     :param learning_rate: learning rate for adam optimizer,
         it can be a function of the current progress remaining (from 1 to 0)
     :param batch_size: Minibatch size for each gradient update (of all processes together)
@@ -67,6 +68,7 @@ class FlowBC(OfflineAlgorithm):
         dataset: Dataset | list[Dataset] | None = None,
         dataset_kwargs: dict[str, Any] | None = None,
         offline_steps: int = 0,
+        chunk_size: int = 1,
         learning_rate: float | Schedule = 3e-4,
         batch_size: int = 256,
         random_crop: int = 0,
@@ -111,6 +113,8 @@ class FlowBC(OfflineAlgorithm):
             use_sde=False,
             compile=False,
         )
+        self.chunk_size = chunk_size
+
         if _init_setup_model:
             self._setup_model()
             if dataset is not None:
@@ -127,7 +131,7 @@ class FlowBC(OfflineAlgorithm):
         """
         super().set_dataset(dataset, *args, **{"need_rewards": False, **kwargs})
 
-    def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _losses(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         :param batch: Transitions
         :return: the loss of the flow, and what is logged of it

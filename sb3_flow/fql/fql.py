@@ -5,10 +5,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
-    DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
     Schedule,
 )
 from torch.nn import functional as F
@@ -18,6 +16,7 @@ from sb3_flow.common.cuda_graphs import has_replaced_methods, in_parallel
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.fql.policies import CnnPolicy, FQLPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
+from sb3_flow.offline.buffers import Batch
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import OneStepActor
 
@@ -54,6 +53,9 @@ class FQL(OfflineAlgorithm):
     :param q_agg: How the critics are put together for the target: "mean" or "min"
     :param rho: How many of their standard deviations are subtracted from the mean of the critics for the target, for ensembles
         of about ten (``policy_kwargs=dict(n_critics=10)``, with 0.5). Must be 0 with "min".
+    :param chunk_size: Number of steps that are learned, and taken, as one action (Q-chunking, QC-FQL,
+        https://arxiv.org/abs/2507.07969, which has 5). ``predict`` then needs the state that it returns, and where episodes
+        start, as recurrent policies do: without a state it begins a new chunk.
     :param normalize_q_loss: Whether to divide the Q term by the mean absolute Q-value, so that ``alpha`` depends less
         on the task
     :param balanced_sampling: Whether to draw half of each batch from the dataset and half from the replay buffer,
@@ -122,6 +124,7 @@ class FQL(OfflineAlgorithm):
         distillation: str = "samples",
         q_agg: str = "mean",
         rho: float = 0.0,
+        chunk_size: int = 1,
         normalize_q_loss: bool = False,
         balanced_sampling: bool = False,
         learning_rate: float | Schedule = 3e-4,
@@ -185,6 +188,7 @@ class FQL(OfflineAlgorithm):
         self.distillation = distillation
         self.q_agg = q_agg
         self.rho = rho
+        self.chunk_size = chunk_size
         self.normalize_q_loss = normalize_q_loss
 
         if _init_setup_model:
@@ -199,7 +203,7 @@ class FQL(OfflineAlgorithm):
         self.normalize_q_loss = to_bool("normalize_q_loss", self.normalize_q_loss)
         super()._check_arguments()
 
-    def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _losses(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         The three losses of Alg. 1, or those of behavioral cloning only.
 
@@ -225,14 +229,14 @@ class FQL(OfflineAlgorithm):
             q_mean=q_values.mean(),
         )
 
-    def _next_actions(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+    def _next_actions(self, batch: Batch) -> th.Tensor:
         """
         :param batch: Transitions
         :return: actions of the one-step policy, which has no target network, (batch, action_dim)
         """
         return self.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
 
-    def _actor_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _actor_losses(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: Transitions
         :return: distillation loss and Q term of the one-step policy
@@ -249,9 +253,7 @@ class FQL(OfflineAlgorithm):
             distill_loss = self._anchor_loss(batch, actions, noise)
         return distill_loss, self._q_term(q_values)
 
-    def _anchor_loss(
-        self, batch: ReplayBufferSamples | DictReplayBufferSamples, actions: th.Tensor, noise: th.Tensor
-    ) -> th.Tensor:
+    def _anchor_loss(self, batch: Batch, actions: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
         :param batch: Transitions
         :param actions: of the one-step policy, not clipped, (batch, action_dim)
@@ -263,9 +265,7 @@ class FQL(OfflineAlgorithm):
             velocity = self.bc_flow(batch.observations, interpolate(actions, noise, timesteps), timesteps)
         return cfm_loss(velocity, actions, noise, timesteps).mean()
 
-    def _actions_and_values(
-        self, batch: ReplayBufferSamples | DictReplayBufferSamples, noise: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def _actions_and_values(self, batch: Batch, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: Transitions
         :param noise: (batch, action_dim)

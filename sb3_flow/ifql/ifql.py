@@ -5,10 +5,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
-    DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
     Schedule,
 )
 from torch.nn import functional as F
@@ -16,6 +14,7 @@ from torch.nn import functional as F
 from sb3_flow.common.checks import FRACTION, check_floats
 from sb3_flow.ifql.policies import CnnPolicy, IFQLPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
+from sb3_flow.offline.buffers import Batch
 from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import ValueNetwork
 from sb3_flow.offline.values import aggregate, expectile_loss, td_target
@@ -175,7 +174,7 @@ class IFQL(OfflineAlgorithm):
         self._check_aggregation()
         super()._check_arguments()
 
-    def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _losses(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         The losses of the critics, of the values and of the flow.
 
@@ -188,7 +187,7 @@ class IFQL(OfflineAlgorithm):
             critic_loss=critic_loss, value_loss=value_loss, bc_flow_loss=bc_flow_loss, q_mean=q_values.mean()
         )
 
-    def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _critic_loss(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: Transitions
         :return: squared TD error, mean over the batch and sum over the critics, and their Q-values, (n_critics, batch)
@@ -198,7 +197,7 @@ class IFQL(OfflineAlgorithm):
         q_values = self.critic(batch.observations, batch.actions)
         return F.mse_loss(q_values, target_q_values.expand_as(q_values)) * len(q_values), q_values
 
-    def _value_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+    def _value_loss(self, batch: Batch) -> th.Tensor:
         """
         :param batch: Transitions
         :return: expectile loss of the values (IQL, https://arxiv.org/abs/2110.06169, eq. 5)

@@ -17,10 +17,8 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
-    DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
-    ReplayBufferSamples,
     Schedule,
 )
 from stable_baselines3.common.utils import configure_logger, get_parameters_by_name, polyak_update
@@ -45,11 +43,12 @@ from sb3_flow.common.cuda_graphs import (
 from sb3_flow.common.distributed_algorithm import DistributedOffPolicyAlgorithm, learns_together
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.common.save_load import CheckedLoad
-from sb3_flow.offline.buffers import OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
+from sb3_flow.offline.buffers import Batch, OfflineBuffer, concatenate_samples, fill_terminal_observations, transform_rewards
+from sb3_flow.offline.chunks import ChunkDictReplayBuffer, ChunkReplayBuffer, ChunkSamples, ChunkSampling
 from sb3_flow.offline.datasets import Dataset, check_reward_arguments, dataset_name, load_dataset
 from sb3_flow.offline.policies import NETWORKS, BCFlow, EnsembleCritic
 from sb3_flow.offline.transitions import Transitions, check_transitions, fit_observations, map_arrays
-from sb3_flow.offline.values import Q_AGGREGATIONS, aggregate, td_target
+from sb3_flow.offline.values import Q_AGGREGATIONS, aggregate, td_loss, td_target
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
 
@@ -59,6 +58,8 @@ FLOATS = dict(learning_rate=NOT_NEGATIVE, tau=FRACTION, gamma=FRACTION, random_c
 ACTION_MARGIN = 1e-5
 # Of `dataset_kwargs`: what the rewards of both phases are, the dataset's and those that are collected online
 REWARD_ARGUMENTS = {"reward_scale": 1.0, "reward_shift": 0.0}
+# Of observations that are arrays, and dictionaries
+CHUNK_BUFFERS = (ChunkReplayBuffer, ChunkDictReplayBuffer)
 # In gradient steps
 OFFLINE_LOG_INTERVAL = 1000
 
@@ -124,6 +125,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     #: Whether a dataset without rewards can be cloned, and whether it can go on online
     can_clone: ClassVar[bool] = False
     learns_online: ClassVar[bool] = True
+    #: Number of steps that are learned, and taken, as one action
+    chunk_size: int = 1
     policy: Any
     bc_flow: BCFlow
     critic: EnsembleCritic
@@ -214,6 +217,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         self._has_default_replay_buffer = replay_buffer_class is None
         self._n_offline_updates = 0
         self._steps_after_offline = 0
+        # Chunks that are being executed, see the policy's `predict`
+        self._chunks: tuple[np.ndarray, ...] | None = None
 
     def _check_arguments(self) -> None:
         if self.dataset_kwargs is None:
@@ -222,7 +227,14 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             raise ValueError(f"`dataset_kwargs` must be a dictionary, it is {self.dataset_kwargs!r}")
         check_reward_arguments(**self._reward_arguments)
         integers = dict(
-            offline_steps=0, random_crop=0, batch_size=1, buffer_size=0, learning_starts=0, gradient_steps=-1, n_steps=1
+            offline_steps=0,
+            random_crop=0,
+            batch_size=1,
+            buffer_size=0,
+            learning_starts=0,
+            gradient_steps=-1,
+            n_steps=1,
+            chunk_size=1,
         )
         for name, at_least in integers.items():
             setattr(self, name, to_int(name, getattr(self, name), at_least))
@@ -234,6 +246,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         check_floats(self, FLOATS, schedules=("learning_rate",))
         for name in ("balanced_sampling", "compile"):
             setattr(self, name, to_bool(name, getattr(self, name)))
+        if self.chunk_size > 1:
+            self._check_chunks()
         if self.env is not None:
             distributed.share("batch_size", self.batch_size)
         assert isinstance(self.action_space, spaces.Box)
@@ -242,6 +256,18 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             or not (self.action_space.high > self.action_space.low).all()
         ):
             raise ValueError(f"The action space must be real numbers, with low < high, it is {self.action_space}")
+
+    def _check_chunks(self) -> None:
+        if self.n_steps > 1:
+            raise ValueError(f"`n_steps` must be 1 with a `chunk_size` of {self.chunk_size}, it is {self.n_steps}")
+        if self.optimize_memory_usage:
+            raise ValueError(f"`optimize_memory_usage` must be False with a `chunk_size` of {self.chunk_size}")
+        buffer_class: Any = self.replay_buffer_class
+        if not self._has_default_replay_buffer and not issubclass(buffer_class, ChunkSampling):
+            raise ValueError(
+                f"`replay_buffer_class` must be a ChunkReplayBuffer with a `chunk_size` of {self.chunk_size}, "
+                f"it is {buffer_class}"
+            )
 
     def _check_aggregation(self) -> None:
         """Of those that have critics."""
@@ -255,12 +281,21 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         self._check_arguments()
         # Another may be given to a model that is loaded
         self.dataset = dataset_name(self.dataset) or self.dataset
-        if self._has_default_replay_buffer and self.replay_buffer_class is NStepReplayBuffer:
-            # Chosen before the model was saved: `n_steps` and `gamma` may be others when it is loaded
+        of_buffer = ("n_steps", "chunk_size", "gamma")
+        if self._has_default_replay_buffer and self.replay_buffer_class in (NStepReplayBuffer, *CHUNK_BUFFERS):
+            # Chosen before the model was saved: these may be others when it is loaded
             self.replay_buffer_class = None
             self.replay_buffer_kwargs = {
-                name: value for name, value in self.replay_buffer_kwargs.items() if name not in ("n_steps", "gamma")
+                name: value for name, value in self.replay_buffer_kwargs.items() if name not in of_buffer
             }
+        of_policy = self.policy_kwargs.get("chunk_size", self.chunk_size)
+        if of_policy != self.chunk_size:
+            raise ValueError(f"`chunk_size` is {self.chunk_size}, but {of_policy} in the `policy_kwargs`")
+        if self.chunk_size > 1:
+            if self.replay_buffer_class is None:
+                self.replay_buffer_class = CHUNK_BUFFERS[isinstance(self.observation_space, spaces.Dict)]
+            self.replay_buffer_kwargs = self.replay_buffer_kwargs | dict(chunk_size=self.chunk_size, gamma=self.gamma)
+            self.policy_kwargs = self.policy_kwargs | dict(chunk_size=self.chunk_size)
         super()._setup_model()
         self._create_aliases()
         if self._has_critics:
@@ -351,7 +386,13 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         actions /= half_range
         np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
         transitions = replace(transitions, actions=actions)
-        return OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device)
+        buffer = OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device, self.chunk_size)
+        if self.chunk_size > 1 and buffer.longest_episode < self.chunk_size:
+            longest = buffer.longest_episode
+            raise ValueError(
+                f"`chunk_size` is {self.chunk_size}, but the longest episode of the dataset has {longest} transition(s)"
+            )
+        return buffer
 
     def _load_dataset(self) -> None:
         """After a model was loaded, its dataset is."""
@@ -403,6 +444,9 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
 
+        if self.chunk_size > 1 and self.offline_buffer is None and self._n_online() == 0:
+            # There is no whole chunk yet
+            return
         logged = []
         for _ in range(gradient_steps):
             loss, values = self._losses(self._sample(distributed.share("batch_size", batch_size)))
@@ -417,13 +461,13 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         self._record_losses(values, logged)
 
     @abstractmethod
-    def _losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _losses(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         :param batch: Transitions
         :return: the loss of all networks, and what is logged of it
         """
 
-    def _critic_loss(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _critic_loss(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: Transitions
         :return: mean squared TD error over the critics, and their Q-values, (n_critics, batch)
@@ -432,9 +476,9 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             next_q_values = self.critic_target(batch.next_observations, self._next_actions(batch))
             target_q_values = td_target(batch, aggregate(next_q_values, self.q_agg, self.rho), self.gamma)
         q_values = self.critic(batch.observations, batch.actions)
-        return F.mse_loss(q_values, target_q_values.expand_as(q_values)), q_values
+        return td_loss(q_values, target_q_values, batch), q_values
 
-    def _next_actions(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+    def _next_actions(self, batch: Batch) -> th.Tensor:
         """
         :param batch: Transitions
         :return: what the policy does next: here actions of the flow, which has no target network, (batch, action_dim)
@@ -449,7 +493,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         q_loss = -q_values.mean()
         return q_loss / distributed.mean(q_values.detach().abs().mean()) if self.normalize_q_loss else q_loss
 
-    def _bc_flow_losses(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> th.Tensor:
+    def _bc_flow_losses(self, batch: Batch) -> th.Tensor:
         """
         :param batch: Transitions
         :return: CFM losses of the flow, for the actions of the batch, (batch,)
@@ -457,6 +501,10 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         noise = th.randn_like(batch.actions)
         timesteps = th.rand(len(noise), device=self.device)
         velocity = self.bc_flow(batch.observations, interpolate(batch.actions, noise, timesteps), timesteps)
+        if isinstance(batch, ChunkSamples):
+            # Steps that are not valid have no loss, nor a gradient
+            valid = batch.valid.repeat_interleave(noise.shape[1] // self.chunk_size, dim=1)
+            return cfm_loss(valid * velocity, valid * batch.actions, valid * noise, timesteps)
         return cfm_loss(velocity, batch.actions, noise, timesteps)
 
     def _record_losses(self, names: Iterable[str], losses: list[list[float]]) -> None:
@@ -537,7 +585,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
                 graphs.restart(self._find_obstacle(), key, policy, policy.optimizer)
         return graphs.obstacle is None
 
-    def _captured_update(self, batch: ReplayBufferSamples | DictReplayBufferSamples | None, batch_size: int) -> CapturedUpdate:
+    def _captured_update(self, batch: Batch | None, batch_size: int) -> CapturedUpdate:
         """
         :param batch: Transitions, None to draw them in the graph
         :param batch_size: Number of transitions
@@ -604,7 +652,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         if values:
             self._record_losses(names, th.stack(values).tolist())
 
-    def _sample(self, batch_size: int) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def _sample(self, batch_size: int) -> Batch:
         """
         A batch from the dataset, the replay buffer, or both.
 
@@ -640,7 +688,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             batch = self._augment(batch)
         return batch
 
-    def _prepare(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def _prepare(self, batch: Batch) -> Batch:
         """What is done to all transitions, wherever they come from."""
         return transform_rewards(fill_terminal_observations(batch), self.gamma, **self._reward_arguments)
 
@@ -651,9 +699,30 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         if isinstance(self.replay_buffer, HerReplayBuffer):
             # Those of the episodes that are over
             return int((self.replay_buffer.ep_length > 0).sum())
+        if isinstance(self.replay_buffer, ChunkSampling):
+            return self.replay_buffer.n_chunks * self.replay_buffer.n_envs
         return self.replay_buffer.size() * self.replay_buffer.n_envs
 
-    def _augment(self, batch: ReplayBufferSamples | DictReplayBufferSamples):
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.chunk_size == 1 or self.num_timesteps < learning_starts:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        assert self._last_obs is not None and self._last_episode_starts is not None
+        chunks = None if self._last_episode_starts.all() else self._chunks
+        actions, self._chunks = self.predict(self._last_obs, chunks, self._last_episode_starts)
+        # As SB3 does it
+        scaled_actions = self.policy.scale_action(actions)
+        if action_noise is not None:
+            scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
+        return self.policy.unscale_action(scaled_actions), scaled_actions
+
+    def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action, new_obs, reward, dones, infos) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        # (SB3 does not say so off-policy)
+        self._last_episode_starts = dones
+
+    def _augment(self, batch: Batch):
         """Crop the images of each transition at random, its observation and its next observation alike."""
         shift = th.randint(2 * self.random_crop + 1, (2, len(batch.actions)), device=self.device)
         crops = [map_arrays(lambda obs: random_crop(obs, self.random_crop, shift), obs) for obs in batch[::2][:2]]
@@ -734,8 +803,13 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         return continue_training
 
     def _setup_learn(self, *args, **kwargs) -> tuple[int, BaseCallback]:
+        if self.chunk_size > 1 and getattr(self.replay_buffer, "chunk_size", 1) != self.chunk_size:
+            raise ValueError(
+                f"The replay buffer must be a ChunkReplayBuffer with a `chunk_size` of {self.chunk_size}, "
+                f"it is a {type(self.replay_buffer).__name__}"
+            )
         for buffer in (self.offline_buffer, self.replay_buffer):
-            if getattr(buffer, "n_steps", 1) > 1:
+            if getattr(buffer, "n_steps", 1) > 1 or getattr(buffer, "chunk_size", 1) > 1:
                 # (those of several steps have one)
                 gamma = buffer.gamma  # type: ignore[union-attr]
                 if gamma != self.gamma:
@@ -803,6 +877,11 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         if total_timesteps > 1 and self.buffer_size < 2 and self._has_dataset:
             # Enough to learn offline
             raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
+        if total_timesteps > 0 and self.replay_buffer is not None and self.replay_buffer.buffer_size < self.chunk_size:
+            raise ValueError(
+                f"`buffer_size` must be at least {self.chunk_size * self.n_envs} to learn online, it is {self.buffer_size}: a "
+                f"chunk of {self.chunk_size} steps for each environment"
+            )
         if self._has_dataset and self.offline_buffer is None:
             warnings.warn(
                 "The dataset was given as arrays, which are not saved, or it was left out when the model was loaded: "
@@ -882,7 +961,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["_graphs", *self.policy.network_names, "offline_buffer", "validation_buffer"]
+        excluded = ["_graphs", "_chunks", *self.policy.network_names, "offline_buffer", "validation_buffer"]
         # Arrays that a loaded model has not been trained on yet
         excluded += ["dataset"] if dataset_name(self.dataset) is None else []
         return [*super()._excluded_save_params(), *excluded]

@@ -8,7 +8,11 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_flow.offline.chunks import ChunkSamples, join_steps
 from sb3_flow.offline.transitions import Observations, Transitions, map_arrays
+
+#: What is learned from: transitions, or chunks of them.
+Batch = ReplayBufferSamples | DictReplayBufferSamples | ChunkSamples
 
 
 class OfflineBuffer:
@@ -23,6 +27,8 @@ class OfflineBuffer:
     :param n_stack: Number of observations that are stacked on their first axis, the latest one last.
         As in SB3's ``VecFrameStack``, there are zeros in place of those before the start of an episode.
     :param storage_device: PyTorch device that holds the dataset, that of the samples if None
+    :param chunk_size: Number of steps that are sampled as one action, see :class:`~sb3_flow.offline.chunks.ChunkSamples`.
+        They start anywhere in an episode.
     """
 
     def __init__(
@@ -33,8 +39,10 @@ class OfflineBuffer:
         gamma: float = 0.99,
         n_stack: int = 1,
         storage_device: th.device | str | None = None,
+        chunk_size: int = 1,
     ):
         self.n_steps = n_steps
+        self.chunk_size = chunk_size
         self.gamma = gamma
         self.n_stack = n_stack
         self.device = th.device(device)
@@ -53,6 +61,12 @@ class OfflineBuffer:
 
     def __len__(self) -> int:
         return len(self.actions if self.rows is None else self.rows)
+
+    @property
+    def longest_episode(self) -> int:
+        """Number of transitions of the longest episode."""
+        ends = th.nonzero(self.episode_ends).flatten()
+        return int(th.diff(ends, prepend=ends.new_tensor([-1])).max())
 
     def split(self, fraction: float) -> tuple["OfflineBuffer", "OfflineBuffer"]:
         """
@@ -75,7 +89,7 @@ class OfflineBuffer:
             part.rows = th.as_tensor(np.flatnonzero(mask), device=self.storage_device)
         return parts
 
-    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Batch:
         """
         Sample transitions.
 
@@ -86,10 +100,19 @@ class OfflineBuffer:
         rows = th.randint(len(self), (batch_size,), device=self.storage_device)
         if self.rows is not None:
             rows = self.rows[rows]
-        if self.n_steps > 1:
+        taken = rows
+        columns: tuple[th.Tensor | None, ...]
+        if self.chunk_size > 1:
+            # Those after the last row are not valid: an episode ends there
+            taken = (rows[:, None] + th.arange(self.chunk_size, device=rows.device)).clamp(max=len(self.actions) - 1)
+            last = taken[:, -1]
+            columns = join_steps(self._rewards(taken, env), self.dones[taken], self.episode_ends[taken], self.gamma)
+        elif self.n_steps > 1:
             rewards, last, discounts = self._n_step_returns(rows, env)
+            columns = self.dones[last].unsqueeze(1), rewards.unsqueeze(1), discounts.unsqueeze(1)
         else:
-            rewards, last, discounts = self._rewards(rows, env), rows, None
+            last = rows
+            columns = self.dones[rows].unsqueeze(1), self._rewards(rows, env).unsqueeze(1), None
         previous = self._previous_rows(rows)
         observations = map_arrays(lambda obs: self._stack(obs, previous, obs[rows]), self.observations)
         # Those before the next observation are the latest observations
@@ -100,8 +123,8 @@ class OfflineBuffer:
         if env is not None:
             observations, next_observations = (self._normalize(obs, env) for obs in (observations, next_observations))
         cls: Any = DictReplayBufferSamples if isinstance(observations, dict) else ReplayBufferSamples
-        columns = (None if column is None else column.unsqueeze(1) for column in (self.dones[last], rewards, discounts))
-        samples = (observations, self.actions[rows], next_observations, *columns)
+        cls = ChunkSamples if self.chunk_size > 1 else cls
+        samples = (observations, self.actions[taken].flatten(1), next_observations, *columns)
         return cls(*(part if part is None else map_arrays(lambda x: x.to(self.device), part) for part in samples))
 
     def _previous_rows(self, rows: th.Tensor) -> list[th.Tensor]:
@@ -175,10 +198,10 @@ class OfflineBuffer:
 
 
 def concatenate_samples(
-    first: ReplayBufferSamples | DictReplayBufferSamples,
-    second: ReplayBufferSamples | DictReplayBufferSamples,
+    first: Batch,
+    second: Batch,
     gamma: float,
-) -> ReplayBufferSamples | DictReplayBufferSamples:
+) -> Batch:
     """
     One batch from two, of the same kind of observations.
 
@@ -199,8 +222,8 @@ def concatenate_samples(
 
 
 def fill_terminal_observations(
-    batch: ReplayBufferSamples | DictReplayBufferSamples,
-) -> ReplayBufferSamples | DictReplayBufferSamples:
+    batch: Batch,
+) -> Batch:
     """
     Nothing is bootstrapped from the next observation of a terminal transition, which may be NaN, as its product with zero
     would be: the observation takes its place.
@@ -217,9 +240,7 @@ def fill_terminal_observations(
     return batch._replace(next_observations=map_arrays(fill, batch.observations, batch.next_observations))
 
 
-def transform_rewards(
-    batch: ReplayBufferSamples | DictReplayBufferSamples, gamma: float, reward_scale: float = 1.0, reward_shift: float = 0.0
-) -> ReplayBufferSamples | DictReplayBufferSamples:
+def transform_rewards(batch: Batch, gamma: float, reward_scale: float = 1.0, reward_shift: float = 0.0) -> Batch:
     """
     Scale and shift rewards, or those that returns of several steps are made of.
 

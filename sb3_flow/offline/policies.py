@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
@@ -23,6 +24,8 @@ from sb3_flow.common.flow import check_choice
 from sb3_flow.common.networks import EnsembleMLP, FlowNetwork, ImpalaCNN, xavier_uniform_init
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import SAMPLERS, VelocityField, check_sampler
+from sb3_flow.offline.transitions import map_arrays
+from sb3_flow.offline.values import aggregate
 
 
 class OneStepActor(RescaledActionsPolicy):
@@ -213,6 +216,17 @@ def check_flow_sampler(sampler: str, n_flow_steps: int) -> None:
     check_sampler(sampler, n_flow_steps)
 
 
+def chunk_space(action_space: spaces.Space, chunk_size: int) -> spaces.Box:
+    """
+    :param action_space: Action space
+    :param chunk_size: Number of steps
+    :return: space of as many actions in a row
+    """
+    assert isinstance(action_space, spaces.Box)
+    low, high = (np.broadcast_to(bound, (chunk_size, *bound.shape)) for bound in (action_space.low, action_space.high))
+    return spaces.Box(low, high, dtype=action_space.dtype.type)
+
+
 def batch_size(obs: PyTorchObs) -> int:
     """
     :param obs: Observation
@@ -354,6 +368,7 @@ class OfflinePolicy(RescaledActionsPolicy):
     :param share_features_extractor: Whether to share or not the features extractor between the actor, the flow and the
         critic (this saves memory). It is then learned with the actor and the flow.
     :param sampler: Sampler of the flow: "euler" (the authors'), "midpoint", "heun", "rk4" or "dopri5"
+    :param chunk_size: Number of steps in a row that are one action of the networks (given by the algorithm)
     """
 
     #: Those of the networks, in the order of their creation: "actor", "bc_flow", "critic", "critic_target", "value"
@@ -379,6 +394,7 @@ class OfflinePolicy(RescaledActionsPolicy):
         n_flow_steps: int = 10,
         share_features_extractor: bool = False,
         sampler: str = "euler",
+        chunk_size: int = 1,
     ):
         check_flow_sampler(sampler, n_flow_steps)
         super().__init__(
@@ -399,6 +415,7 @@ class OfflinePolicy(RescaledActionsPolicy):
         self.n_flow_steps = to_int("n_flow_steps", n_flow_steps)
         self.share_features_extractor = to_bool("share_features_extractor", share_features_extractor)
         self.sampler = sampler
+        self.chunk_size = to_int("chunk_size", chunk_size, at_least=1)
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}
         self._build(lr_schedule)
@@ -413,7 +430,7 @@ class OfflinePolicy(RescaledActionsPolicy):
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
         net_args = dict(
             observation_space=self.observation_space,
-            action_space=self.action_space,
+            action_space=self.action_space if self.chunk_size == 1 else chunk_space(self.action_space, self.chunk_size),
             activation_fn=self.activation_fn,
             normalize_images=self.normalize_images,
         )
@@ -465,6 +482,7 @@ class OfflinePolicy(RescaledActionsPolicy):
                 n_flow_steps=self.n_flow_steps,
                 share_features_extractor=self.share_features_extractor,
                 sampler=self.sampler,
+                chunk_size=self.chunk_size,
             )
         )
         return data
@@ -490,6 +508,53 @@ class OfflinePolicy(RescaledActionsPolicy):
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic=deterministic)
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the policy action from an observation (and optional hidden state).
+        Includes sugar-coating to handle different observations (e.g. normalizing images).
+
+        With chunks, it is the next step of the chunk that is in the state, or the first one of a new chunk where none is
+        left, or an episode starts.
+
+        :param observation: the input observation
+        :param state: The last hidden states: None, or with chunks what was returned before
+        :param episode_start: The last masks, which correspond to beginning of episodes
+        :param deterministic: Whether or not to return deterministic actions.
+        :return: the model's action and the next hidden state: with chunks those of each environment, in env units,
+            (n_envs, chunk_size, ...), and the number of their steps that are taken, (n_envs,)
+        :raises ValueError: if the state is of another number of environments
+        """
+        if self.chunk_size == 1 or isinstance(observation, tuple):
+            # (which is refused there)
+            return super().predict(observation, state, episode_start, deterministic)
+        # Switch to eval mode (this affects batch norm / dropout)
+        self.set_training_mode(False)
+        obs, is_vectorized = self.obs_to_tensor(observation)
+        n_envs, shape = batch_size(obs), self.action_space.shape
+        assert shape is not None
+        if state is None:
+            chunks = np.zeros((n_envs, self.chunk_size, *shape), dtype=self.action_space.dtype)
+            state = chunks, np.full(n_envs, self.chunk_size)
+        chunks, n_taken = state
+        if len(n_taken) != n_envs:
+            raise ValueError(f"`state` must be of {n_envs} environments, as the observation is, it is of {len(n_taken)}")
+        is_new = n_taken >= self.chunk_size
+        if episode_start is not None:
+            is_new = is_new | episode_start
+        if is_new.any():
+            with th.no_grad():
+                new = self._predict(map_arrays(lambda part: part[is_new], obs), deterministic)
+            chunks, n_taken = chunks.copy(), np.where(is_new, 0, n_taken)
+            chunks[is_new] = self.unscale_action(new.cpu().numpy().reshape(-1, self.chunk_size, *shape))
+        actions = chunks[np.arange(n_envs), n_taken]
+        return actions if is_vectorized else actions[0], (chunks, n_taken + 1)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
         Get the action of the flow.
@@ -512,6 +577,70 @@ class OfflinePolicy(RescaledActionsPolicy):
             if name != "critic_target":
                 getattr(self, name).set_training_mode(mode)
         self.training = mode
+
+
+class BestOfSamplesPolicy(OfflinePolicy):
+    """
+    A policy that acts by the best of several samples of the flow, in the eyes of the critics.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param n_samples: Number of samples that the critics choose from
+    :param kwargs: Further ones of :class:`OfflinePolicy`
+    """
+
+    #: How the critics are put together
+    q_agg: ClassVar[str]
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        n_samples: int = 32,
+        **kwargs,
+    ):
+        self.n_samples = to_int("n_samples", n_samples, at_least=1)
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | dict(n_samples=self.n_samples)
+
+    def set_sampler(self, sampler: str | None = None, n_flow_steps: int | None = None, n_samples: int | None = None) -> None:
+        """
+        Sample the flow in another way from now on, also after training. It is saved with the model.
+
+        :param sampler: "euler", "midpoint", "heun", "rk4" or "dopri5". That of now if None, as the others.
+        :param n_flow_steps: Number of steps
+        :param n_samples: Number of samples that the critics choose from
+        :raises ValueError: if an argument is unknown or out of its range
+        :raises ImportError: if the sampler needs torchdiffeq, and it is not installed
+        """
+        n_samples = to_int("n_samples", self.n_samples if n_samples is None else n_samples, at_least=1)
+        super().set_sampler(sampler, n_flow_steps)
+        self.n_samples = n_samples
+        self.changed_sampler["n_samples"] = n_samples
+
+    @th.no_grad()
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Get the action of the flow that the critics value most.
+
+        :param observation:
+        :param deterministic: Whether to choose among samples of the same noise every time, or of a random one (authors)
+        :return: Action in [-1, 1]
+        """
+        n_observations, action_dim = batch_size(observation), self.bc_flow.action_dim
+        if deterministic:
+            generator = th.Generator().manual_seed(0)
+            noise = th.randn((self.n_samples, action_dim), generator=generator).to(self.device).repeat(n_observations, 1)
+        else:
+            noise = th.randn((n_observations * self.n_samples, action_dim), device=self.device)
+        actions = self.bc_flow.sample(observation, noise)
+        values = aggregate(self.critic(observation, actions), self.q_agg).view(-1, self.n_samples)
+        best = values.argmax(dim=1) + th.arange(n_observations, device=self.device) * self.n_samples
+        return actions[best]
 
 
 class WithImages(OfflinePolicy):

@@ -1,7 +1,10 @@
 """How the values of several critics are put together, and what they should be."""
 
 import torch as th
-from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from torch.nn import functional as F
+
+from sb3_flow.offline.buffers import Batch
+from sb3_flow.offline.chunks import ChunkSamples
 
 #: How the critics are put together.
 Q_AGGREGATIONS = ("mean", "min")
@@ -21,7 +24,7 @@ def aggregate(q_values: th.Tensor, q_agg: str = "mean", rho: float = 0.0) -> th.
     return mean if rho == 0 else mean - rho * q_values.std(dim=0, correction=0)
 
 
-def td_target(batch: ReplayBufferSamples | DictReplayBufferSamples, next_values: th.Tensor, gamma: float) -> th.Tensor:
+def td_target(batch: Batch, next_values: th.Tensor, gamma: float) -> th.Tensor:
     """
     :param batch: Transitions
     :param next_values: Values of their next observations, (batch,)
@@ -31,6 +34,18 @@ def td_target(batch: ReplayBufferSamples | DictReplayBufferSamples, next_values:
     # For n-step replay, discount factor is gamma**n_steps (when no early termination)
     discounts = gamma if batch.discounts is None else batch.discounts.flatten()
     return batch.rewards.flatten() + (1 - batch.dones.flatten()) * discounts * next_values
+
+
+def td_loss(q_values: th.Tensor, targets: th.Tensor, batch: Batch) -> th.Tensor:
+    """
+    :param q_values: Those of the critics, (n_critics, batch)
+    :param targets: What they should be, (batch,)
+    :param batch: Transitions, or chunks, of which only those count whose last step is valid
+    :return: squared error, mean over the critics and the batch
+    """
+    if isinstance(batch, ChunkSamples):
+        return ((q_values - targets).square() * batch.valid[:, -1]).mean()
+    return F.mse_loss(q_values, targets.expand_as(q_values))
 
 
 def expectile_loss(difference: th.Tensor, expectile: float) -> th.Tensor:

@@ -54,7 +54,7 @@ def flow_paths(model: BaseAlgorithm, obs: np.ndarray, n_samples: int = 1000, n_t
         position = np.linspace(0, len(states) - 1, n_times + 1)
         before = np.minimum(position.astype(int), len(states) - 2)
         share = (position - before)[:, None, None]
-        return policy.unscale_action((1 - share) * states[before] + share * states[before + 1])
+        return _unscale(policy, (1 - share) * states[before] + share * states[before + 1])
     field = policy.velocity_field(tensor)
     # Of a policy with a skip connection, in other coordinates
     network: Any = getattr(policy, "network", None) or policy.action_net
@@ -72,7 +72,12 @@ def flow_paths(model: BaseAlgorithm, obs: np.ndarray, n_samples: int = 1000, n_t
         points.append(SAMPLERS["euler"](recorded_field, noise, n_times, 0.0, ()))
     # (the last one of Euler's method is after the last velocity)
     paths = th.stack(points).cpu().numpy()
-    return policy.unscale_action(paths) if policy.squash_output else paths
+    return _unscale(policy, paths) if policy.squash_output else paths
+
+
+def _unscale(policy: Any, actions: np.ndarray) -> np.ndarray:
+    """Flattened actions to env units. Those of an action space, or of a chunk, may have more than one axis."""
+    return policy.unscale_action(actions.reshape(*actions.shape[:-1], *policy.action_space.shape)).reshape(actions.shape)
 
 
 def plot_flow(

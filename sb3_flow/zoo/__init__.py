@@ -18,13 +18,14 @@ FLOW_ALGOS: dict[str, type[BaseAlgorithm]] = {
     "dppo": sb3_flow.DPPO,
     "fql": sb3_flow.FQL,
     "ifql": sb3_flow.IFQL,
+    "qc": sb3_flow.QC,
     "fbrac": sb3_flow.FBRAC,
     "fawac": sb3_flow.FAWAC,
     "flow_bc": sb3_flow.FlowBC,
 }
 
 #: Those that are evaluated with noise unless told otherwise, as their authors do.
-EVALUATED_WITH_NOISE = ("fql", "ifql", "fbrac", "fawac", "flow_bc")
+EVALUATED_WITH_NOISE = ("fql", "ifql", "qc", "fbrac", "fawac", "flow_bc")
 
 
 def register() -> None:

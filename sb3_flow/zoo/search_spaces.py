@@ -7,6 +7,8 @@ from typing import Any
 
 import optuna
 
+from sb3_flow.offline.values import Q_AGGREGATIONS
+
 ON_POLICY_NET_ARCHS = {
     "flat": dict(pi=[64] * 2, vf=[256] * 2),
     "tiny": dict(pi=[32] * 4, vf=[64] * 2),
@@ -143,7 +145,6 @@ def sample_offline_params(trial: optuna.Trial, has_values: bool = True) -> dict[
     }
     if has_values:
         params |= {
-            "q_agg": trial.suggest_categorical("q_agg", ["mean", "min"]),
             "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True),
             "tau": trial.suggest_float("tau", 0.002, 0.05, log=True),
         }
@@ -184,7 +185,10 @@ def sample_fql_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
     :param additional_args: What samplers of rl-zoo3 get, not used
     :return: hyperparameters
     """
-    params = sample_offline_params(trial) | {"alpha": trial.suggest_float("alpha", 0.03, 10, log=True)}
+    params = sample_offline_params(trial) | {
+        "q_agg": trial.suggest_categorical("q_agg", Q_AGGREGATIONS),
+        "alpha": trial.suggest_float("alpha", 0.03, 10, log=True),
+    }
     return show_values(trial, convert_normalized_params(params), "batch_size", "gamma")
 
 
@@ -199,7 +203,25 @@ def sample_ifql_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     :return: hyperparameters
     """
     params = sample_offline_params(trial) | {
+        "q_agg": trial.suggest_categorical("q_agg", Q_AGGREGATIONS),
         "expectile": trial.suggest_categorical("expectile", [0.7, 0.9, 0.95]),
+        "n_samples": trial.suggest_categorical("n_samples", [8, 32, 128]),
+    }
+    return show_values(trial, convert_offline_params(params), "batch_size", "gamma")
+
+
+def sample_qc_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict) -> dict[str, Any]:
+    """
+    Sampler for QC hyperparams.
+
+    :param trial: Trial
+    :param n_actions: Number of action dimensions
+    :param n_envs: Number of environments
+    :param additional_args: What samplers of rl-zoo3 get, not used
+    :return: hyperparameters
+    """
+    params = sample_offline_params(trial) | {
+        "chunk_size": trial.suggest_categorical("chunk_size", [3, 5, 10]),
         "n_samples": trial.suggest_categorical("n_samples", [8, 32, 128]),
     }
     return show_values(trial, convert_offline_params(params), "batch_size", "gamma")
@@ -215,7 +237,10 @@ def sample_fawac_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
     :param additional_args: What samplers of rl-zoo3 get, not used
     :return: hyperparameters
     """
-    params = sample_offline_params(trial) | {"alpha": trial.suggest_float("alpha", 0.1, 10, log=True)}
+    params = sample_offline_params(trial) | {
+        "q_agg": trial.suggest_categorical("q_agg", Q_AGGREGATIONS),
+        "alpha": trial.suggest_float("alpha", 0.1, 10, log=True),
+    }
     return show_values(trial, convert_offline_params(params), "batch_size", "gamma")
 
 
@@ -237,6 +262,7 @@ SAMPLERS = {
     "dppo": sample_dppo_params,
     "fql": sample_fql_params,
     "ifql": sample_ifql_params,
+    "qc": sample_qc_params,
     "fbrac": sample_fql_params,
     "fawac": sample_fawac_params,
     "flow_bc": sample_flow_bc_params,
@@ -246,6 +272,7 @@ CONVERTERS = {
     "dppo": convert_dppo_params,
     "fql": convert_normalized_params,
     "ifql": convert_offline_params,
+    "qc": convert_offline_params,
     "fbrac": convert_normalized_params,
     "fawac": convert_offline_params,
     "flow_bc": convert_offline_params,

@@ -1,0 +1,205 @@
+from typing import Any, ClassVar, TypeVar
+
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    Schedule,
+)
+
+from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
+from sb3_flow.offline.buffers import Batch
+from sb3_flow.offline.datasets import Dataset
+from sb3_flow.qc.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, QCPolicy
+
+SelfQC = TypeVar("SelfQC", bound="QC")
+
+
+class QC(OfflineAlgorithm):
+    """
+    Q-chunking (QC)
+
+    A flow clones chunks of several actions in a row, critics learn their values from returns of as many steps, and the chunk
+    that is taken is the best of several samples, in the eyes of the critics.
+
+    Paper: https://arxiv.org/abs/2507.07969
+    Reference implementation: https://github.com/ColinQiyangLi/qc
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param dataset: What to learn offline from, see :func:`sb3_flow.offline.datasets.load_dataset`. It stays beside the
+        replay buffer when the training goes on online.
+    :param dataset_kwargs: Keyword arguments to pass to :meth:`set_dataset`
+    :param offline_steps: Number of gradient steps on the dataset that :meth:`learn` starts with
+    :param chunk_size: Number of steps that are learned, and taken, as one action. ``predict`` needs the state that it
+        returns, and where episodes start, as recurrent policies do: without a state it begins a new chunk.
+    :param rho: How many of their standard deviations are subtracted from the mean of the critics for the target, for ensembles
+        of about ten (``policy_kwargs=dict(n_critics=10)``, with 0.5)
+    :param balanced_sampling: Whether to draw half of each batch from the dataset and half from the replay buffer,
+        instead of uniformly from both together
+    :param learning_rate: learning rate for adam optimizer,
+        the same learning rate will be used for all networks
+        it can be a function of the current progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer (of what is collected online), that of all processes together if ``torchrun``
+        has started several
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts.
+        It becomes 0 with a dataset: there is something to learn from, and a policy better than random actions.
+    :param batch_size: Minibatch size for each gradient update (of all processes together)
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
+        Set to ``-1`` means to do as many gradient steps as steps done in the environment
+        during the rollout.
+    :param action_noise: the action noise type (None by default): the policy is stochastic already
+    :param replay_buffer_class: Replay buffer class to use (a ``ChunkReplayBuffer``).
+        If ``None``, it will be automatically selected.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer
+        at a cost of more complexity.
+    :param use_sde: Generalized State Dependent Exploration has no meaning for a flow policy: must be False
+    :param random_crop: Padding of the random crops that images are augmented with, in pixels
+        (the authors use 3), no augmentation if 0
+    :param random_crop_probability: Share of the batches that are augmented
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`QCPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range, or the dataset does not fit the environment
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    q_agg = "mean"
+    policy: QCPolicy
+
+    def __init__(
+        self,
+        policy: str | type[QCPolicy],
+        env: GymEnv | str,
+        dataset: Dataset | list[Dataset] | None = None,
+        dataset_kwargs: dict[str, Any] | None = None,
+        offline_steps: int = 0,
+        chunk_size: int = 5,
+        rho: float = 0.0,
+        balanced_sampling: bool = False,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        use_sde: bool = False,
+        random_crop: int = 0,
+        random_crop_probability: float = 0.5,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            dataset,
+            dataset_kwargs,
+            offline_steps,
+            balanced_sampling,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            # The returns are of chunks
+            1,
+            use_sde,
+            random_crop,
+            random_crop_probability,
+            # Not known to be captured
+            False,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
+        )
+
+        self.chunk_size = chunk_size
+        self.rho = rho
+
+        if _init_setup_model:
+            self._setup_model()
+            if dataset is not None:
+                self.set_dataset(dataset, **self.dataset_kwargs)
+
+    def _check_arguments(self) -> None:
+        self._check_aggregation()
+        super()._check_arguments()
+
+    def _losses(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        The losses of the critics and of the flow.
+
+        :param batch: Chunks
+        :return: the loss, and what is logged of it
+        """
+        (critic_loss, q_values), bc_flow_loss = self._critic_loss(batch), self._bc_flow_losses(batch).mean()
+        return critic_loss + bc_flow_loss, dict(critic_loss=critic_loss, bc_flow_loss=bc_flow_loss, q_mean=q_values.mean())
+
+    def _next_actions(self, batch: Batch) -> th.Tensor:
+        """
+        :param batch: Chunks
+        :return: what the policy does next, the best of several samples, (batch, chunk_size * action_dim)
+        """
+        return self.policy._predict(batch.next_observations)
+
+    def learn_offline(
+        self: SelfQC,
+        gradient_steps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = OFFLINE_LOG_INTERVAL,
+        tb_log_name: str = "QC",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfQC:
+        return super().learn_offline(gradient_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def learn(
+        self: SelfQC,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "QC",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfQC:
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
