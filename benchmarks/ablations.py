@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from runs import N_EVAL_EPISODES, ROOT, class_defaults, do_runs, provenance, write_result, write_table
+from runs import N_EVAL_EPISODES, ROOT, class_defaults, do_runs, has_result, provenance, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablations"
 STEPS = 200_000
@@ -77,8 +77,7 @@ def settings(variant: str, task: str) -> dict[str, Any]:
 
 def is_done(variant: str, task: str, seed: int) -> bool:
     """Whether there is a result, of today's settings."""
-    file = result_file(variant, task, seed)
-    return file.exists() and json.loads(file.read_text())["settings"] == settings(variant, task)
+    return has_result(result_file(variant, task, seed), dict(settings=settings(variant, task)))
 
 
 def run(variant: str, task: str, seed: int, logs: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from runs import ROOT, class_defaults, do_runs, train_and_evaluate, write_result, write_table
+from runs import ROOT, class_defaults, do_runs, has_result, train_and_evaluate, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "modes"
 FIGURES = ROOT / "docs" / "_static"
@@ -68,8 +68,7 @@ def settings(algo: str, task: str) -> dict[str, Any]:
 
 def is_done(algo: str, task: str, seed: int) -> bool:
     """Whether there is a result, of today's settings."""
-    file = result_file(algo, task, seed)
-    return file.exists() and settings(algo, task).items() <= json.loads(file.read_text()).items()
+    return has_result(result_file(algo, task, seed), settings(algo, task))
 
 
 def load(algo: str, task: str, seed: int, logs: Path) -> Any:

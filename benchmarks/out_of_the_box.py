@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import N_EVAL_EPISODES, ROOT, class_defaults, do_runs, provenance, write_result, write_table
+from runs import N_EVAL_EPISODES, ROOT, class_defaults, do_runs, has_result, provenance, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "out_of_the_box"
 TASKS = ("Pendulum-v1", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "LunarLanderContinuous-v3", "Swimmer-v5")
@@ -37,8 +37,7 @@ def result_file(algo: str, task: str, seed: int) -> Path:
 
 
 def is_done(algo: str, task: str, seed: int) -> bool:
-    file = result_file(algo, task, seed)
-    return file.exists() and json.loads(file.read_text())["defaults"] == class_defaults(algorithm(algo))
+    return has_result(result_file(algo, task, seed), dict(defaults=class_defaults(algorithm(algo))))
 
 
 def run(algo: str, task: str, seed: int, logs: Path) -> None:

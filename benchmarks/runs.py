@@ -122,6 +122,15 @@ def class_defaults(cls: Any) -> dict[str, str]:
     return {parameter.name: str(parameter.default) for parameter in parameters if parameter.default is not parameter.empty}
 
 
+def has_result(file: Path, settings: dict[str, Any]) -> bool:
+    """
+    :param file: Result of a run
+    :param settings: What it depends on today, and has beside its numbers
+    :return: whether it is there, and of today
+    """
+    return file.exists() and settings.items() <= json.loads(file.read_text()).items()
+
+
 def write_result(file: Path, result: dict[str, Any]) -> None:
     """A result is there as a whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
