@@ -1,11 +1,14 @@
 """
-Levers for FPO that the package does not have: `python benchmarks/ablations.py` measures them.
+Levers that the package does not have: `python benchmarks/ablations.py` measures those for FPO, and
+`python benchmarks/tune.py` has PPO's.
 """
 
 from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
@@ -189,3 +192,32 @@ class StaggeredEnvPool(EnvPoolVecEnv):
         result = super().step_wait()
         self._limit = np.where(result[2], self._full_limit, self._limit)
         return result
+
+
+class RPOPolicy(ActorCriticPolicy):
+    """
+    PPO's policy in Robust Policy Optimization (https://arxiv.org/abs/2212.07536): uniform noise on the means of the actions
+    that an update evaluates, so that the distribution does not become narrow.
+
+    :param rpo_alpha: Largest noise
+    """
+
+    def __init__(self, *args, rpo_alpha: float = 0.5, **kwargs):
+        self.rpo_alpha = rpo_alpha
+        self._evaluates = False
+        super().__init__(*args, **kwargs)
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        self._evaluates = True
+        try:
+            return super().evaluate_actions(obs, actions)
+        finally:
+            self._evaluates = False
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        distribution = super()._get_action_dist_from_latent(latent_pi)
+        if not self._evaluates:
+            return distribution
+        assert isinstance(distribution, DiagGaussianDistribution)
+        means = distribution.distribution.mean
+        return distribution.proba_distribution(means + self.rpo_alpha * (2 * th.rand_like(means) - 1), self.log_std)

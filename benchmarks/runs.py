@@ -196,6 +196,47 @@ def _defaults(cls: type) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
+def train(
+    algo: str,
+    env_id: str,
+    steps: int,
+    seed: int,
+    hyperparameters: dict[str, Any],
+    log_folder: Path,
+    train_arguments: Iterable[str] = (),
+) -> None:
+    """`sb3-flow train`, in this process: see :func:`train_and_evaluate`."""
+    from sb3_flow.zoo import cli
+
+    log_folder.mkdir(parents=True, exist_ok=True)
+    conf_file = log_folder / "hyperparams.yml"
+    conf_file.write_text(yaml.safe_dump({env_id: hyperparameters}))
+    sys.argv = ["sb3-flow", "train", "--algo", algo, "--env", env_id, "-n", str(steps), "--seed", str(seed),
+                "--num-threads", "1", "-f", str(log_folder), "-conf", str(conf_file), "--verbose", "0",
+                *train_arguments]  # fmt: skip
+    cli.main()
+
+
+def gflop_per_step(
+    algo: str, env_id: str, hyperparameters: dict[str, Any], log_folder: Path, train_arguments: Iterable[str] = ()
+) -> float:
+    """
+    :param algo: Name of an on-policy algorithm
+    :param env_id: Environment
+    :param hyperparameters: in rl-zoo3's format
+    :param log_folder: of this run alone
+    :param train_arguments: further ones for `sb3-flow train`
+    :return: what its networks compute for each step of an environment, forward and backward, of one iteration
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    n_steps = hyperparameters.get("n_envs", 1) * hyperparameters["n_steps"]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        train(algo, env_id, n_steps, 0, hyperparameters, log_folder, ["--eval-freq", "-1", *train_arguments])
+    return counter.get_total_flops() / n_steps / 1e9
+
+
 def train_and_evaluate(
     algo: str,
     env_id: str,
@@ -224,19 +265,12 @@ def train_and_evaluate(
     from stable_baselines3.common.monitor import load_results
     from stable_baselines3.common.results_plotter import ts2xy
 
-    from sb3_flow.zoo import cli
     from sb3_flow.zoo.evaluate import evaluate
 
     th.set_num_threads(1)
     # Of the code that is run, whatever becomes of the checkout meanwhile
     source = provenance()
-    log_folder.mkdir(parents=True, exist_ok=True)
-    conf_file = log_folder / "hyperparams.yml"
-    conf_file.write_text(yaml.safe_dump({env_id: hyperparameters}))
-    sys.argv = ["sb3-flow", "train", "--algo", algo, "--env", env_id, "-n", str(steps), "--seed", str(seed),
-                "--num-threads", "1", "-f", str(log_folder), "-conf", str(conf_file), "--verbose", "0",
-                *train_arguments]  # fmt: skip
-    cli.main()
+    train(algo, env_id, steps, seed, hyperparameters, log_folder, train_arguments)
 
     env_name = env_id.replace("/", "-")
     run_folder = log_folder / algo / f"{env_name}_{get_latest_run_id(str(log_folder / algo), env_name)}"

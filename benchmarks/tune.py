@@ -1,12 +1,12 @@
 """
-Tune the hyperparameters that the DMC tasks share, with Optuna: `python benchmarks/tune.py --algo fpo --trials 12`
+Search the hyperparameters that the DMC tasks share, with Optuna: `python benchmarks/tune.py --algo fpo`
 
-A trial is one run on each of some tasks, 250,000 steps each, and its value their mean deterministic return. It is pruned
-after a task if its mean so far is below the median. What FPO and PPO have in common has the same range for both, and the
-first trial of each has the hyperparameters of now. The study is in a journal file: further calls, at the same time or
-later, go on with it, and repeat the trials of those that were killed. The trials are left in
-benchmarks/results/tuning/ALGO.csv. (Those that are there are of this file at commit abea70b, whose FPO had one ratio for
-each transition, timesteps of the grid and another entropy.)
+FPO, DPPO and PPO have the same budget: N_TRIALS trials. A trial is one run on each of four tasks, 250,000 steps each, in
+EnvPool where the task is the same, and its value their mean deterministic return. It is pruned after a task if its mean so far
+is below the median. What they have in common has the same range for all, the first trial of each has the same values, and each
+has one lever of its own that widens exploration: FPO the perturbation of its actions, DPPO the noise of its steps, PPO the
+noise of RPO or gSDE. The study is in a journal file: further calls, at the same time or later, go on with it, and repeat the
+trials of those that were killed. The trials are left in benchmarks/results/tuning/ALGO.csv.
 """
 
 import argparse
@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from dmc import ALGOS
+from dmc import DMC
 from runs import ROOT, Job, run_jobs, train_and_evaluate
 
 from sb3_flow.zoo.shared_study import open_storage
 
 RESULTS = ROOT / "benchmarks" / "results" / "tuning"
+ALGOS = ("fpo", "dppo", "ppo")
+N_TRIALS = 16
 #: Those of the ten that learn something in so few steps, and what is known to be different for them
 TASKS: dict[str, dict[str, Any]] = {
-    "dm_control/reacher-easy-v0": {},
-    "dm_control/cheetah-run-v0": {},
-    "dm_control/ball_in_cup-catch-v0": {"gamma": 0.95},
-    "dm_control/finger-spin-v0": {"gamma": 0.95},
+    "reacher-easy": {},
+    "cheetah-run": {},
+    "ball_in_cup-catch": {"gamma": 0.95},
+    "finger-spin": {"gamma": 0.95},
 }
 #: Not among the seeds of dmc.py
 SEED = 1000
@@ -41,7 +43,9 @@ FIRST_TRIAL = {
     "exploration_std": 0.76,
     "net_arch": "2x64",
     "ent_coef": 0.02,
-    "ortho_init": True,
+    "action_perturbation_std": 0.0,
+    "noise_std": 0.4,
+    "exploration": "",
 }
 
 
@@ -53,7 +57,7 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
     gamma = trial.suggest_categorical("gamma", [0.97, 0.98, 0.99, 0.995])
     clip_range = f"{trial.suggest_float('clip_range', 0.1, 0.35, log=True):.2f}"
     clip_schedule = trial.suggest_categorical("clip_schedule", ["", "lin_"])
-    # Standard deviation of the actions of a new policy, before they are clipped
+    # Standard deviation of the actions of a new policy, before they are clipped (DPPO: of its initial noise)
     std = trial.suggest_float("exploration_std", 0.2, 1.0, log=True)
     net_arch = NET_ARCHS[trial.suggest_categorical("net_arch", list(NET_ARCHS))]
     hyperparameters: dict[str, Any] = dict(
@@ -66,18 +70,24 @@ def suggest(algo: str, trial: optuna.Trial) -> dict[str, Any]:
         n_epochs=n_epochs,
         learning_rate=f"lin_{learning_rate:.1e}",
         gamma=gamma,
-        ent_coef=trial.suggest_categorical("ent_coef", [0.0, 0.006, 0.02, 0.06]),
         clip_range=f"lin_{clip_range}" if clip_schedule else float(clip_range),
     )
-    ortho_init = trial.suggest_categorical("ortho_init", [False, True])
-    networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256]), ortho_init={ortho_init}"
+    networks = f"net_arch=dict(pi={net_arch}, vf=[256, 256])"
+    if algo == "dppo":
+        noise_std = trial.suggest_categorical("noise_std", [0.2, 0.4, 0.8])
+        return hyperparameters | dict(policy_kwargs=f"dict({networks}, action_scale={std:.2f}, noise_std={noise_std})")
+    hyperparameters["ent_coef"] = trial.suggest_categorical("ent_coef", [0.0, 0.006, 0.02, 0.06])
     if algo == "fpo":
-        return dict(**hyperparameters, policy_kwargs=f"dict({networks}, action_scale={std:.2f})")
-    return dict(
-        **hyperparameters,
-        normalize=True,
-        policy_kwargs=f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn=nn.SiLU)",
-    )
+        perturbation = trial.suggest_categorical("action_perturbation_std", [0.0, 0.1, 0.2])
+        policy_kwargs = f"dict({networks}, action_scale={std:.2f}, action_perturbation_std={perturbation})"
+        return hyperparameters | dict(policy_kwargs=policy_kwargs)
+    exploration = trial.suggest_categorical("exploration", ["", "rpo", "gsde"])
+    if exploration == "rpo":
+        hyperparameters["policy"] = "levers.RPOPolicy"
+    elif exploration == "gsde":
+        hyperparameters |= dict(use_sde=True, sde_sample_freq=4)
+    policy_kwargs = f"dict({networks}, log_std_init=np.log({std:.2f}), activation_fn=nn.SiLU)"
+    return hyperparameters | dict(normalize=True, policy_kwargs=policy_kwargs)
 
 
 def objective(trial: optuna.Trial, algo: str, steps: int, logs: Path) -> float:
@@ -85,7 +95,7 @@ def objective(trial: optuna.Trial, algo: str, steps: int, logs: Path) -> float:
     trial.set_user_attr("hyperparameters", hyperparameters)
     returns: list[float] = []
     for task, overrides in TASKS.items():
-        folder = logs / f"{algo}-{trial.number}-{task.replace('/', '-')}"
+        folder = logs / f"{algo}-{trial.number}-{task}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "hyperparameters.json").write_text(json.dumps({**hyperparameters, **overrides}))
         arguments = [__file__, "--algo", algo, "--steps", str(steps), "--run-one", task, "--logs", str(folder)]
@@ -102,15 +112,16 @@ def objective(trial: optuna.Trial, algo: str, steps: int, logs: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", choices=ALGOS, default="fpo")
-    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--trials", type=int, default=N_TRIALS, help="of all calls together")
     parser.add_argument("--steps", type=int, default=250_000)
     parser.add_argument("--logs", type=Path, default=Path("logs/tuning"))
     parser.add_argument("--run-one", metavar="TASK", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run_one:
         hyperparameters = json.loads((args.logs / "hyperparameters.json").read_text())
-        nothing_between = ["--eval-freq", "-1", "--save-freq", "-1"]
-        result = train_and_evaluate(args.algo, args.run_one, args.steps, SEED, hyperparameters, args.logs, 10, nothing_between)
+        task = DMC[args.run_one]
+        arguments = ["--eval-freq", "-1", "--save-freq", "-1", *(["--vec-env", "envpool"] if task.in_envpool else [])]
+        result = train_and_evaluate(args.algo, task.env_id, args.steps, SEED, hyperparameters, args.logs, 10, arguments)
         (args.logs / "result.json").write_text(json.dumps(result))
         return
 
@@ -126,7 +137,7 @@ def main() -> None:
     if not study.trials:
         study.enqueue_trial(FIRST_TRIAL)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for _ in range(args.trials):
+    while sum(trial.state.is_finished() for trial in study.get_trials()) < args.trials:
         study.optimize(lambda trial: objective(trial, args.algo, args.steps, args.logs), n_trials=1)
         study.trials_dataframe().to_csv(RESULTS / f"{args.algo}.csv", index=False)
     print(study.best_trial.number, study.best_value, study.best_trial.user_attrs)

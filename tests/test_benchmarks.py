@@ -1,10 +1,9 @@
 """What the benchmarks make of the results that runs have left."""
 
-import json
-
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import PPO
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 pytest.importorskip("rliable", reason='needs pip install "sb3-flow[plots]"')
@@ -13,28 +12,28 @@ import ablations
 import dmc
 import envpool_tasks
 import levers
+import optuna
 import report
 import runs
+import tune
 
 import sb3_flow
 from sb3_flow.envs import envpool
 
-TASKS = ["Hopper-v5", "Ant-v5"]
 
-
-def leave_result(algo, env_id, seed, mean_return, steps=dmc.STEPS, **kwargs):
+def leave_result(algo, task, seed, mean_return, **kwargs):
     result = dict(
         algo=algo,
-        env=env_id,
+        env=dmc.TASKS[task].env_id,
         seed=seed,
-        steps=steps,
-        hyperparameters=dmc.hyperparameters(algo, env_id),
         deterministic=dict(mean_return=mean_return),
         stochastic=dict(mean_return=mean_return / 2),
         train_seconds=100.0,
+        gflop_per_step=0.002,
         training_curve=[[5000, 0.0], [15_000, mean_return]],
+        **dmc.settings(algo, task),
     )
-    runs.write_result(dmc.result_file(algo, env_id, seed, steps), result | kwargs)
+    runs.write_result(dmc.result_file(algo, task, seed), result | kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -44,28 +43,36 @@ def results(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_run_is_done_once(results):
+def test_run_is_done_once():
     """A run is not repeated, unless it was one of other hyperparameters or of other steps."""
-    assert not dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
-    leave_result("fpo", "Hopper-v5", 0, 1.0)
-    assert dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
-    assert not dmc.is_done("fpo", "Hopper-v5", 1, dmc.STEPS) and not dmc.is_done("ppo", "Hopper-v5", 0, dmc.STEPS)
-    # A shorter one is not taken for it, and leaves it alone
-    leave_result("fpo", "Hopper-v5", 0, 2.0, steps=1000)
-    assert dmc.is_done("fpo", "Hopper-v5", 0, 1000)
-    assert json.loads((results / "Hopper-v5-fpo-seed0.json").read_text())["deterministic"]["mean_return"] == 1.0
-    leave_result("fpo", "Hopper-v5", 0, 1.0, hyperparameters={})
-    assert not dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
+    assert not dmc.is_done("fpo", "Hopper", 0)
+    leave_result("fpo", "Hopper", 0, 1.0)
+    assert dmc.is_done("fpo", "Hopper", 0)
+    assert not dmc.is_done("fpo", "Hopper", 1) and not dmc.is_done("ppo", "Hopper", 0)
+    for change in (dict(steps=1000), dict(hyperparameters={})):
+        leave_result("fpo", "Hopper", 0, 1.0, **change)
+        assert not dmc.is_done("fpo", "Hopper", 0) and not dmc.is_current("fpo", "Hopper", 0)
+
+
+def test_what_is_planned():
+    """Each run has hyperparameters, and what is not planned is not run."""
+    for task in dmc.TASKS:
+        for algo in dmc.ALGOS:
+            seeds = [seed for seed in dmc.SEEDS if dmc.is_planned(algo, task, seed)]
+            if seeds:
+                assert dmc.hyperparameters(algo, task)["n_timesteps"] > 0 and not dmc.is_done(algo, task, seeds[0])
+            assert all(dmc.is_done(algo, task, seed) for seed in dmc.SEEDS if seed not in seeds)
+    assert dmc.is_planned("dppo", "Hopper", 2) and not dmc.is_planned("dppo", "Hopper", 3)
 
 
 def test_result_is_whole_or_not_there(results):
     class Unserialisable:
         pass
 
-    leave_result("fpo", "Hopper-v5", 0, 1.0)
+    leave_result("fpo", "Hopper", 0, 1.0)
     with pytest.raises(TypeError):
-        leave_result("fpo", "Hopper-v5", 0, Unserialisable())
-    assert dmc.is_done("fpo", "Hopper-v5", 0, dmc.STEPS)
+        leave_result("fpo", "Hopper", 0, Unserialisable())
+    assert dmc.is_done("fpo", "Hopper", 0)
 
 
 def test_failed_runs_are_told(tmp_path, capsys):
@@ -77,30 +84,71 @@ def test_failed_runs_are_told(tmp_path, capsys):
 
 
 def test_report(monkeypatch, tmp_path):
-    """Seeds that both algorithms have, of the hyperparameters and steps of now; tasks of different scales count the same."""
+    """Planned runs, of the hyperparameters and steps of now; tasks of different scales count the same."""
     for seed, (fpo, ppo) in enumerate([(200.0, 100.0), (400.0, 200.0), (600.0, 300.0)]):
-        leave_result("fpo", "Hopper-v5", seed, fpo)
-        leave_result("ppo", "Hopper-v5", seed, ppo)
-        leave_result("fpo", "Ant-v5", seed, 10 * ppo)
-        leave_result("ppo", "Ant-v5", seed, 10 * fpo)
-    leave_result("fpo", "Hopper-v5", 3, 1e6)
-    leave_result("ppo", "Hopper-v5", 4, 1e6, hyperparameters={})
-    leave_result("fpo", "Hopper-v5", 4, 1e6)
-    leave_result("ppo", "Hopper-v5", 5, 1e6, steps=1000)
-    leave_result("fpo", "Hopper-v5", 5, 1e6, steps=1000)
-    loaded = report.load(TASKS)
-    assert [result["seed"] for result in loaded["Hopper-v5"]["fpo"]] == [0, 1, 2]
-    estimates = report.aggregates(loaded, relative=True)
-    assert estimates["ppo"]["mean"][0] == pytest.approx(1) and estimates["fpo"]["mean"][0] == pytest.approx(1.25)
-    low, high = estimates["fpo"]["mean"][1:]
-    assert low < 1.25 < high
+        leave_result("fpo", "Hopper", seed, fpo)
+        leave_result("ppo", "Hopper", seed, ppo)
+        leave_result("fpo", "Ant", seed, 10 * ppo)
+        leave_result("ppo", "Ant", seed, 10 * fpo)
+    leave_result("dppo", "Hopper", 0, 50.0)
+    # Of other hyperparameters, or steps, or not planned
+    leave_result("ppo", "Hopper", 3, 1e6, hyperparameters={})
+    leave_result("ppo", "Hopper", 4, 1e6, steps=1000)
+    leave_result("ppo", "Ant", 3, 1e6)
+    monkeypatch.setattr(report, "REPS", 1000)
+    loaded = report.load(["Hopper", "Ant"])
+    assert (
+        [result["seed"] for result in loaded["Hopper"]["ppo"]]
+        == [0, 1, 2]
+        == [result["seed"] for result in loaded["Ant"]["ppo"]]
+    )
+    scores = {algo: report.scores(loaded, algo, "deterministic", relative=True) for algo in ("fpo", "ppo")}
+    (iqm, (mean, low, high)), (_, (unit, *_)) = (report.aggregates(scores[algo]) for algo in ("fpo", "ppo"))
+    assert mean == pytest.approx(1.25) and low < 1.25 < high and unit == pytest.approx(1)
+    ratio, mean_ratio, probability = report.comparison(scores["fpo"], scores["ppo"])
+    assert ratio[0] == pytest.approx(iqm[0] / report.aggregates(scores["ppo"])[0][0]) and mean_ratio[0] == pytest.approx(1.25)
+    # 7.5 of 9 pairs on Hopper, and 1.5 on Ant
+    assert probability[0] == pytest.approx(0.5)
     # (of the returns themselves, Ant would decide)
-    assert report.aggregates(loaded, relative=False)["fpo"]["mean"][0] == pytest.approx(np.mean([400, 2000]))
+    absolute = report.scores(loaded, "fpo", "deterministic", relative=False)
+    assert report.aggregates(absolute)[1][0] == pytest.approx(np.mean([400, 2000]))
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    page = report.section("MuJoCo", loaded, True, tmp_path / "figure.png")
+    monkeypatch.setattr(report, "REPS", 100)
+    page = "\n".join(report.section("MuJoCo", "", ["Hopper", "Ant"], True, tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert "FPO is ahead on 1 of 2 tasks" in page and "**1.25**" in page and "400 ± 163" in page
-    assert "FPO 16, PPO 1" in page
+    assert "400 ± 163 (3)" in page and "50 (1)" in page and "1 of 2" in page
+    # 15 - 6 - 1 of Hopper (with those of rl-zoo3, 18), and 9 - 6 of Ant
+    assert "**14 of the 27 planned runs are missing** (2 of FPO, 2 of DPPO, 2 of PPO, 8 of PPO, rl-zoo3)." in page
+    assert "10000" in page and "2.0" in page
+
+
+def test_budgets_of_the_search(monkeypatch):
+    """The same first trial, and the same ranges of what the algorithms share."""
+    first, shared = {}, {}
+    for algo in tune.ALGOS:
+        study = optuna.create_study()
+        study.enqueue_trial(tune.FIRST_TRIAL)
+        trial = study.ask()
+        first[algo] = tune.suggest(algo, trial)
+        shared[algo] = trial.distributions
+    for name in set.intersection(*(set(distributions) for distributions in shared.values())):
+        assert len({str(distributions[name]) for distributions in shared.values()}) == 1
+    for name in ("n_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "gamma", "clip_range"):
+        assert first["fpo"][name] == first["dppo"][name] == first["ppo"][name]
+
+
+def test_rpo():
+    """Actions are sampled as ever, and evaluated under means that are moved by up to ``rpo_alpha``."""
+    model = PPO(levers.RPOPolicy, "Pendulum-v1", n_steps=64, batch_size=64, policy_kwargs=dict(rpo_alpha=0.3), seed=0)
+    obs, actions = th.zeros(1000, 3), th.zeros(1000, 1)
+    with th.no_grad():
+        log_probs = model.policy.evaluate_actions(obs, actions)[1]
+        mean = model.policy.get_distribution(obs).distribution.mean[0].item()
+        assert model.policy.get_distribution(obs).distribution.mean.std() < 1e-6
+    # Of a standard normal: the distance from its mean
+    distances = (-2 * log_probs - np.log(2 * np.pi)).clamp(min=0).sqrt()
+    assert distances.std() > 0.05 and (distances <= abs(mean) + 0.3 + 1e-3).all()
+    model.learn(64)
 
 
 def test_tasks_that_differ_are_refused():
