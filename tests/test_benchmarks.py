@@ -12,6 +12,7 @@ import ablations
 import dmc
 import envpool_tasks
 import levers
+import make_ogbench_data
 import optuna
 import report
 import runs
@@ -227,3 +228,27 @@ def test_staggered_episodes():
             ends[index].append(step)
     assert [steps[0] for steps in ends] == [250, 500, 750, 1000]
     assert ends[0][1] == 1250
+
+
+@pytest.mark.parametrize("dataset", ["scene-play-v0", "pointmaze-medium-navigate-v0"])
+def test_datasets_of_ogbench(tmp_path, dataset):
+    """An interrupted call goes on, and makes what one call does; a model learns from it."""
+    pytest.importorskip("ogbench", reason='needs pip install "sb3-flow[offline]"')
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = dict(n_episodes=2, n_val_episodes=1, n_steps=30, seed=3, jobs=1)
+    make_ogbench_data.make_dataset(dataset, first, **settings)
+    parts = second / f"{dataset}-seed3-30"
+    parts.mkdir(parents=True)
+    make_ogbench_data.make_episode(1, dataset, 3, 30, parts)
+    make_ogbench_data.make_dataset(dataset, second, **settings)
+    assert not parts.exists()
+    for name, rows in ((f"{dataset}.npz", 60), (f"{dataset}-val.npz", 30)):
+        one, other = (dict(np.load(folder / name)) for folder in (first, second))
+        assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+        assert len(one["observations"]) == rows and np.flatnonzero(one["terminals"]).tolist() == [*range(29, rows, 30)]
+        assert one["observations"].dtype == one["actions"].dtype == np.float32 and np.abs(one["actions"]).max() <= 1
+        assert one["observations"].std() > 0 and np.abs(one["actions"]).mean() > 0.05
+    if dataset != "pointmaze-medium-navigate-v0":
+        task = dataset.replace("-v0", "-singletask-v0")
+        model = sb3_flow.FQL("MlpPolicy", f"ogbench/{task}", dataset=f"ogbench:{task}@{first}", batch_size=8)
+        assert len(model.offline_buffer) == 58 and model.learn_offline(2)._n_updates == 2
