@@ -11,6 +11,8 @@ mathematics needs would take at the rate this machine multiplies two matrices of
   fql       one gradient step of FQL, and of SB3's SAC and TD3 at the same width, batch 256
             (and the authors' code, with --official-fql, a checkout of it, and --official-python, an interpreter with JAX);
             "medium" is with products of bfloat16, for all of them
+  update    one gradient step of another offline method at the same width, against FQL's
+  act       one action for one observation of an offline method, against FQL's (with chunks: a fifth of a chunk)
   step      a step of 16 environments of EnvPool in one thread, and of the ordinary ones in DummyVecEnv, with random actions
   envpool   learn() of FPO in EnvPool with its hyperparameters of the task, per step, against PPO's with the same rollouts,
             minibatches, epochs and networks, and FPO's own in the ordinary environments
@@ -39,7 +41,7 @@ from runs import fpo_hyperparameters, provenance, write_table
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 SHAPES = {"HalfCheetah": (17, 6), "Humanoid": (348, 17)}
-DMC_TASKS = [env_id.removeprefix("dm_control/").removesuffix("-v0") for env_id in DMC]
+DMC_TASKS = list(DMC)
 #: Ratios that we hold ourselves to (of time, ours over the peer's)
 BARS = {
     "forward HalfCheetah 4x32 16": 1.5,
@@ -48,13 +50,34 @@ BARS = {
     "train Humanoid": 2.0,
     "learn HalfCheetah-v5": 1.6,
     "fql 4x512 official": 1 / 1.5,
+    **{f"update anchor {net} FQL": 0.75 for net in ("2x256", "4x512")},
+    **{f"update ten-critics {net} FQL": 2.5 for net in ("2x256", "4x512")},
+    **{f"update {name} official": 1.0 for name in ("ifql 2x256", "ifql 4x512")},
     **{f"step {task} DummyVecEnv": 1 / 4 for task in DMC_TASKS},
     "envpool cheetah-run": 1.45,
     "envpool cheetah-run DummyVecEnv": 1 / 1.25,
     "envpool finger-turn_hard DummyVecEnv": 1 / 1.45,
 }
 NETS = {"4x32": [32] * 4, "2x256": [256] * 2, "4x512": [512] * 4}
+#: Observations and actions of cube-single
+OFFLINE_SHAPE = (28, 5)
+N_TRANSITIONS = 20_000
+#: Of these, the authors' code of FQL has an agent too
+OFFICIAL = ("ifql",)
 N_MC, N_FLOW_STEPS, BATCH, N_ENVS = 8, 10, 256, 16
+
+
+#: Offline methods: the class, its arguments, and those of its policy
+OFFLINE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "flow_bc": ("FlowBC", {}, {}),
+    "anchor": ("FQL", dict(distillation="anchor"), {}),
+    "ten-critics": ("FQL", dict(rho=0.5), dict(n_critics=10)),
+    "qc-fql": ("FQL", dict(chunk_size=5), {}),
+    "qc": ("QC", {}, {}),
+    "ifql": ("IFQL", {}, {}),
+    "fbrac": ("FBRAC", {}, {}),
+    "fawac": ("FAWAC", {}, {}),
+}
 
 
 class Still(gym.Env):
@@ -191,6 +214,41 @@ def learn(env_id: str) -> tuple[Timed, dict[str, Any], float]:
     return call(FPO), {"PPO": call(PPO)}, collect + 10 * update
 
 
+def random_transitions(obs_dim: int, action_dim: int, n: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    observations = rng.standard_normal((n + 1, obs_dim), np.float32)
+    return dict(
+        observations=observations[:-1],
+        next_observations=observations[1:],
+        actions=rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        rewards=rng.standard_normal(n, np.float32),
+        timeouts=np.arange(n) % 1000 == 999,
+    )
+
+
+def offline_model(cls: Any, net_name: str, arguments: dict[str, Any], policy_kwargs: dict[str, Any]) -> Any:
+    """With a dataset of the shapes of cube-single."""
+    obs_dim, action_dim = OFFLINE_SHAPE
+    kwargs: dict[str, Any] = dict(
+        batch_size=BATCH, device="cpu", seed=0, policy_kwargs=policy_kwargs | dict(net_arch=NETS[net_name])
+    )
+    if cls.learns_online:
+        kwargs["buffer_size"] = 1
+    data = random_transitions(obs_dim, action_dim, N_TRANSITIONS)
+    model = cls("MlpPolicy", Still(obs_dim, action_dim), dataset=data, **kwargs, **arguments)
+    _, _ = model._setup_learn(10**9)
+    return model
+
+
+def updates(model: Any, net_name: str) -> Timed:
+    n_updates = 4 if net_name == "4x512" else 20
+
+    def run() -> None:
+        model.train(gradient_steps=n_updates, batch_size=BATCH)
+
+    return Timed(run, n_updates)
+
+
 def fql(net_name: str, precision: str = "highest") -> tuple[Timed, dict[str, Any], float]:
     import torch as th
     from stable_baselines3 import SAC, TD3
@@ -198,39 +256,56 @@ def fql(net_name: str, precision: str = "highest") -> tuple[Timed, dict[str, Any
     from sb3_flow import FQL
 
     th.set_float32_matmul_precision(precision)
-    obs_dim, action_dim, n, net = 28, 5, 20_000, NETS[net_name]
-    rng = np.random.default_rng(0)
-    data = dict(
-        observations=rng.standard_normal((n, obs_dim), np.float32),
-        next_observations=rng.standard_normal((n, obs_dim), np.float32),
-        actions=rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
-        rewards=rng.standard_normal(n, np.float32),
-        dones=np.zeros(n, np.float32),
-    )
-    n_updates = 4 if net_name == "4x512" else 20
+    (obs_dim, action_dim), n, net = OFFLINE_SHAPE, N_TRANSITIONS, NETS[net_name]
+    data = random_transitions(obs_dim, action_dim, n)
 
-    def call(cls) -> Timed:
+    def peer(cls: Any) -> Timed:
         kwargs: dict = dict(batch_size=BATCH, device="cpu", seed=0, buffer_size=n, policy_kwargs=dict(net_arch=net))
-        model = cls("MlpPolicy", Still(obs_dim, action_dim), **kwargs, **(dict(dataset=data, alpha=300) if cls is FQL else {}))
-        if cls is not FQL:
-            buffer = model.replay_buffer
-            for name in ("observations", "next_observations", "actions", "rewards", "dones"):
-                array = getattr(buffer, name)
-                array[:] = data[name].reshape(array.shape)
-            buffer.full = True
+        model = cls("MlpPolicy", Still(obs_dim, action_dim), **kwargs)
+        buffer = model.replay_buffer
+        for name in ("observations", "next_observations", "actions", "rewards"):
+            array = getattr(buffer, name)
+            array[:] = data[name].reshape(array.shape)
+        buffer.full = True
         _, _ = model._setup_learn(10**9)
-
-        def run() -> None:
-            model.train(gradient_steps=n_updates, batch_size=BATCH)
-
-        return Timed(run, n_updates)
+        return updates(model, net_name)
 
     actor, flow = mlp(obs_dim + action_dim, *net, action_dim), flow_flops(obs_dim, action_dim, net, N_FLOW_STEPS)
     critics = 2 * mlp(obs_dim + action_dim, *net, 1)
     bc = mlp(obs_dim + action_dim + 1, *net, action_dim)
     # Target; critics; flow; distillation; Q term, whose backward pass needs no gradient of the weights
     flops = (actor + critics) + 3 * critics + 3 * bc + (3 * actor + flow) + 2 * critics
-    return call(FQL), {"SAC": call(SAC), "TD3": call(TD3)}, flops * BATCH
+    ours = updates(offline_model(FQL, net_name, dict(alpha=300), {}), net_name)
+    return ours, {"SAC": peer(SAC), "TD3": peer(TD3)}, flops * BATCH
+
+
+def update(method: str, net_name: str) -> tuple[Timed, dict[str, Any], float]:
+    import sb3_flow
+
+    name, arguments, policy_kwargs = OFFLINE[method]
+    ours, peer = (
+        updates(offline_model(getattr(sb3_flow, one[0]), net_name, *one[1:]), net_name)
+        for one in ((name, arguments, policy_kwargs), ("FQL", {}, {}))
+    )
+    return ours, {"FQL": peer}, 0
+
+
+def act(method: str, net_name: str) -> tuple[Timed, dict[str, Any], float]:
+    import sb3_flow
+
+    obs = np.zeros(OFFLINE_SHAPE[0], np.float32)
+
+    def call(name: str, arguments: dict[str, Any], policy_kwargs: dict[str, Any]) -> Timed:
+        model = offline_model(getattr(sb3_flow, name), net_name, arguments, policy_kwargs)
+
+        def run() -> None:
+            state = None
+            for _ in range(50):
+                _, state = model.predict(obs, state)
+
+        return Timed(run, 50)
+
+    return call(*OFFLINE[method]), {"FQL": call("FQL", {}, {})}, 0
 
 
 def step(task: str) -> tuple[Timed, dict[str, Any], float]:
@@ -302,7 +377,16 @@ def envpool(task: str) -> tuple[Timed, dict[str, Any], float]:
     return fpo(pool()), peers, flops
 
 
-CASES: dict[str, Callable] = {"forward": forward, "train": train, "learn": learn, "fql": fql, "step": step, "envpool": envpool}
+CASES: dict[str, Callable] = {
+    "forward": forward,
+    "train": train,
+    "learn": learn,
+    "fql": fql,
+    "update": update,
+    "act": act,
+    "step": step,
+    "envpool": envpool,
+}
 NAMES = [
     *(f"forward {shape} {net} {n}" for shape in SHAPES for net in ("4x32", "2x256") for n in (1, 16, 256, 2048)),
     *(f"train {shape}" for shape in SHAPES),
@@ -311,6 +395,7 @@ NAMES = [
     "fql 2x256",
     "fql 4x512",
     "fql 4x512 medium",
+    *(f"{case} {method} {net}" for case in ("update", "act") for net in ("2x256", "4x512") for method in OFFLINE),
     *(f"step {task}" for task in DMC_TASKS),
     "envpool cheetah-run",
     "envpool finger-turn_hard",
@@ -322,7 +407,7 @@ JAX_PRECISIONS = {"highest": "float32", "medium": "bfloat16"}
 class Official:
     """The authors' code in a process of its own, which answers each line with the seconds that its updates took."""
 
-    def __init__(self, path: Path, python: str, net: list[int], precision: str, n_updates: int, threads: int):
+    def __init__(self, path: Path, python: str, agent: str, net: list[int], precision: str, n_updates: int, threads: int):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(path)}
         environment["JAX_DEFAULT_MATMUL_PRECISION"] = JAX_PRECISIONS[precision]
         if threads == 1:
@@ -330,7 +415,7 @@ class Official:
         worker = str(Path(__file__).parent / "official_fql.py")
         # One thread of XLA is one core of the machine
         prefix = ["taskset", "-c", "0"] if threads == 1 else []
-        command = [*prefix, python, worker, json.dumps(net), str(n_updates), str(BATCH)]
+        command = [*prefix, python, worker, agent, json.dumps(net), str(n_updates), str(BATCH)]
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.units = n_updates
         self()
@@ -359,7 +444,9 @@ def measure(name: str, threads: int, repeats: int, official: tuple[Path, str] | 
     ours, peers, flops = CASES[kind](*arguments)
     if kind == "fql" and official is not None:
         net_name, precision = [*arguments, "highest"][:2]
-        peers["official"] = Official(*official, NETS[net_name], precision, ours.units, threads)
+        peers["official"] = Official(*official, "fql", NETS[net_name], precision, ours.units, threads)
+    elif kind == "update" and arguments[0] in OFFICIAL and official is not None:
+        peers["official"] = Official(*official, arguments[0], NETS[arguments[1]], "highest", ours.units, threads)
     a, b = th.randn(1024, 1024), th.randn(1024, 1024)
 
     functions = {"ours": ours, **peers, "matmul": Timed(lambda: a @ b, 1)}
