@@ -19,6 +19,8 @@ extras = {
     "postgresql": ["psycopg[binary]>=3"],
     "solvers": ["torchdiffeq"],
     "offline": ["ogbench>=1.2,<2", "minari[hdf5]>=0.5.4", "h5py", "pillow"],
+    # A policy as a file of ONNX
+    "export": ["onnx", "onnxscript", "onnxruntime"],
     "plots": ["matplotlib", "rl_zoo3[plots]>=2.9.0,<3"],
     "docs": ["sphinx>=7", "furo"],
     "tests": ["pytest", "pytest-xdist", "hypothesis", "ruff", "black", "mypy", "tensorboard"],

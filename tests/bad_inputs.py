@@ -84,11 +84,11 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     ("datasets", ("required", "action", "spec")),
     # Algorithms and environments
     *((f"{command} --algo foo --env Pendulum-v1", ("argument --algo", "'foo'", "fpo"))
-      for command in ("train", "optimize", "enjoy", "evaluate", "record-video", "plot-flow")),
+      for command in ("train", "optimize", "enjoy", "evaluate", "record-video", "plot-flow", "export")),
     ("train --algo FPO --env Pendulum-v1", ("argument --algo", "did you mean 'fpo'?")),
     ("plot-gridworld --algo fpo foo", ("argument --algo", "'foo'")),
     *((f"{command} --algo fpo --env Pendolum-v1", ("argument --env", "'Pendolum-v1'", "Pendulum"))
-      for command in ("train", "optimize", "enjoy", "evaluate", "record-video", "plot-flow", "plot-gridworld")),
+      for command in ("train", "optimize", "enjoy", "evaluate", "record-video", "plot-flow", "plot-gridworld", "export")),
     ("train --algo fpo --env Pendulum-v9", ("argument --env", "'Pendulum-v9'", "v1")),
     ("train --algo fpo --env Pendulum", ("argument --env", "'Pendulum'", "did you mean 'Pendulum-v1'?")),
     ("train --algo fpo --env sb3_flow/GridWorld-v7", ("argument --env", "sb3_flow/GridWorld-v7")),
@@ -291,6 +291,8 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"plot-flow {AGENT} -o not_there/flow.png", ("argument -o/--output", "not_there")),
     (f"plot-flow {AGENT} -o folder", ("argument -o/--output", "folder")),
     (f"plot-flow {AGENT} -o flow.jpg", ("argument -o/--output", "flow.jpg", ".png")),
+    (f"export {AGENT} -o not_there/policy.onnx", ("argument -o/--output", "not_there")),
+    (f"export {AGENT} --format tflite", ("argument --format", "'tflite'", "onnx")),
     ("plot-gridworld -o grid.foo", ("argument -o/--output", "foo", "png")),
     ("all-plots -a fpo -e Pendulum-v1 -f logs -o not_there/res", ("argument -o/--output", "not_there")),
     ("plot-from-file -i res.pkl -o not_there/res.svg", ("argument -o/--output", "not_there")),
@@ -310,6 +312,7 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"{ENJOY} --load-checkpoint 3", ("argument --load-checkpoint", "rl_model_3_steps.zip")),
     ("enjoy --algo ppo --env Pendulum-v1 --no-render --load-last-checkpoint", ("argument --load-last-checkpoint",)),
     ("plot-flow --algo ppo --env Pendulum-v1", ("argument --algo", "PPO has no flow")),
+    ("export --algo ppo --env Pendulum-v1", ("argument --algo", "PPO has no flow policy to export")),
     ("plot-gridworld --env Pendulum-v1", ("argument --env", "expected a GridWorld")),
     ("benchmark --log-dir not_there", ("argument --log-dir", "not_there")),
     ("benchmark --log-dir folder", ("argument --log-dir", "no trained agents", "folder")),

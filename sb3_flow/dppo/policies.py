@@ -156,6 +156,15 @@ class DPPOPolicy(FlowActorCriticPolicy):
         step_noise = self.noise_std * th.randn(shape, dtype=features.dtype, device=features.device)
         return action_net.sample_chain(features, self._draw_noise(features), step_noise)
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """That of the start, and of each step: (n_flow_steps + 1, action_dim)."""
+        return (self.n_flow_steps + 1, self.action_net.action_dim)
+
+    def act(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        action_net, features = self._predicting_actor(obs)
+        return action_net.sample_chain(features, noise[:, 0], self.noise_std * noise[:, 1:].movedim(1, 0))[:, -1]
+
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         return self._chain(action_net, features, deterministic)[:, -1]
 

@@ -303,6 +303,10 @@ class FlowPolicy(FlowActorCriticPolicy):
         actor = self._actor() if self.ema is None else cast(nn.ModuleList, self.ema.module)
         return cast(FlowNetwork, actor[1]), self._latent_pi(obs, actor)
 
+    def act(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        action_net, features = self._predicting_actor(obs)
+        return action_net.sample(features, noise, self.n_flow_steps, self.sampler, 0.0)
+
     def log_likelihood(self, obs: PyTorchObs, actions: th.Tensor, divergence: str = "exact", n_probes: int = 1) -> th.Tensor:
         """
         Log-likelihood of raw actions under the flow, whatever the sampler. A diagnostic: it takes many evaluations of the

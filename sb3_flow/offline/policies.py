@@ -241,7 +241,8 @@ def _draw_noise(obs: PyTorchObs, action_dim: int, device: th.device, determinist
 
 def _for_each(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
     """Features of observations, as often as there are actions for them, one after the other."""
-    n = len(actions) // len(features)
+    # (`len` would be a constant to an exporter)
+    n = actions.shape[0] // features.shape[0]
     return features if n == 1 else features.repeat_interleave(n, dim=0)
 
 
@@ -565,6 +566,21 @@ class OfflinePolicy(RescaledActionsPolicy):
         """
         return self.bc_flow._predict(observation, deterministic)
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of what an action is made of, see :meth:`act`."""
+        return (self.bc_flow.action_dim,)
+
+    def act(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        What ``predict`` makes of standard normal noise, or of zeros (deterministic).
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :param noise: (batch, \\*noise_shape)
+        :return: Action in [-1, 1], or those of a chunk one after the other, (batch, chunk_size * action_dim)
+        """
+        return self.bc_flow.sample(obs, noise)
+
     def set_training_mode(self, mode: bool) -> None:
         """
         Put the policy in either training or evaluation mode.
@@ -622,7 +638,6 @@ class BestOfSamplesPolicy(OfflinePolicy):
         self.n_samples = n_samples
         self.changed_sampler["n_samples"] = n_samples
 
-    @th.no_grad()
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
         Get the action of the flow that the critics value most.
@@ -631,16 +646,25 @@ class BestOfSamplesPolicy(OfflinePolicy):
         :param deterministic: Whether to choose among samples of the same noise every time, or of a random one (authors)
         :return: Action in [-1, 1]
         """
-        n_observations, action_dim = batch_size(observation), self.bc_flow.action_dim
-        if deterministic:
-            generator = th.Generator().manual_seed(0)
-            noise = th.randn((self.n_samples, action_dim), generator=generator).to(self.device).repeat(n_observations, 1)
-        else:
-            noise = th.randn((n_observations * self.n_samples, action_dim), device=self.device)
-        actions = self.bc_flow.sample(observation, noise)
-        values = aggregate(self.critic(observation, actions), self.q_agg).view(-1, self.n_samples)
-        best = values.argmax(dim=1) + th.arange(n_observations, device=self.device) * self.n_samples
-        return actions[best]
+        shape = (batch_size(observation), *self.noise_shape)
+        noise = self.same_noise().expand(shape) if deterministic else th.randn(shape, device=self.device)
+        return self.act(observation, noise)
+
+    def same_noise(self) -> th.Tensor:
+        """:return: what deterministic actions are the best of, the same every time, (n_samples, action_dim)"""
+        return th.randn(self.noise_shape, generator=th.Generator().manual_seed(0)).to(self.device)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of what an action is made of, (n_samples, action_dim)."""
+        return (self.n_samples, self.bc_flow.action_dim)
+
+    @th.no_grad()
+    def act(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        actions = self.bc_flow.sample(obs, noise.flatten(0, 1))
+        values = aggregate(self.critic(obs, actions), self.q_agg).view(noise.shape[:2])
+        best = values.argmax(dim=1).view(-1, 1, 1).expand(-1, 1, noise.shape[2])
+        return actions.view(noise.shape).gather(1, best).squeeze(1)
 
 
 class WithImages(OfflinePolicy):

@@ -327,6 +327,21 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         actor = self._actor()
         return cast(FlowNetwork, actor[1]), self._latent_pi(obs, actor)
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of what an action is made of, see :meth:`act`."""
+        return (self.action_net.action_dim,)
+
+    @abstractmethod
+    def act(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        What ``predict`` makes of standard normal noise, or of zeros (deterministic).
+
+        :param obs: Observation, a tensor (see ``obs_to_tensor``)
+        :param noise: (batch, \\*noise_shape)
+        :return: Raw action, (batch, action_dim)
+        """
+
     @abstractmethod
     def _sample(self, action_net: FlowNetwork, features: th.Tensor, deterministic: bool) -> th.Tensor:
         """

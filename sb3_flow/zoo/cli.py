@@ -14,6 +14,7 @@ from sb3_flow import distributed
 from sb3_flow.zoo import register
 from sb3_flow.zoo.commands import agents, curves, policies, training
 from sb3_flow.zoo.commands.datasets import datasets
+from sb3_flow.zoo.commands.export import export
 from sb3_flow.zoo.errors import InputError, did_you_mean, one_line
 
 COMMANDS: dict[str, Callable[[], None]] = {
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "all-plots": curves.all_plots,
     "benchmark": agents.benchmark,
     "datasets": datasets,
+    "export": export,
     "plot-flow": policies.plot_flow,
     "plot-gridworld": policies.plot_gridworld,
 }
