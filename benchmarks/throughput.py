@@ -13,6 +13,8 @@ mathematics needs would take at the rate this machine multiplies two matrices of
             "medium" is with products of bfloat16, for all of them
   update    one gradient step of another offline method at the same width, against FQL's
   act       one action for one observation of an offline method, against FQL's (with chunks: a fifth of a chunk)
+  onnx      one action for one observation by onnxruntime, of an exported policy, against predict() (FPO and DPPO with their
+            default networks, FQL and IFQL with 4×512)
   step      a step of 16 environments of EnvPool in one thread, and of the ordinary ones in DummyVecEnv, with random actions
   envpool   learn() of FPO in EnvPool with its hyperparameters of the task, per step, against PPO's with the same rollouts,
             minibatches, epochs and networks, and FPO's own in the ordinary environments
@@ -28,6 +30,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -308,6 +311,37 @@ def act(method: str, net_name: str) -> tuple[Timed, dict[str, Any], float]:
     return call(*OFFLINE[method]), {"FQL": call("FQL", {}, {})}, 0
 
 
+def onnx(algo: str) -> tuple[Timed, dict[str, Any], float]:
+    import onnxruntime
+    import torch as th
+
+    import sb3_flow
+    from sb3_flow.export import export_policy
+
+    obs_dim, action_dim = SHAPES["HalfCheetah"]
+    cls = getattr(sb3_flow, algo.upper())
+    kwargs = dict(device="cpu") | (dict(buffer_size=1) if hasattr(cls, "learns_online") else {})
+    model = cls("MlpPolicy", Still(obs_dim, action_dim), **kwargs)
+    obs = np.zeros((1, obs_dim), np.float32)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = th.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_policy(model, Path(folder) / "policy.onnx")
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    noise = np.random.default_rng(0).standard_normal((1, *model.policy.noise_shape), np.float32)
+    n_calls = 200
+
+    def exported() -> None:
+        for _ in range(n_calls):
+            session.run(["action"], {"observation": obs, "noise": noise})
+
+    def predict() -> None:
+        for _ in range(n_calls):
+            model.predict(obs)
+
+    return Timed(exported, n_calls), {"predict": Timed(predict, n_calls)}, 0
+
+
 def step(task: str) -> tuple[Timed, dict[str, Any], float]:
     from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -384,6 +418,7 @@ CASES: dict[str, Callable] = {
     "fql": fql,
     "update": update,
     "act": act,
+    "onnx": onnx,
     "step": step,
     "envpool": envpool,
 }
@@ -396,6 +431,7 @@ NAMES = [
     "fql 4x512",
     "fql 4x512 medium",
     *(f"{case} {method} {net}" for case in ("update", "act") for net in ("2x256", "4x512") for method in OFFLINE),
+    *(f"onnx {algo}" for algo in ("fpo", "dppo", "fql", "ifql")),
     *(f"step {task}" for task in DMC_TASKS),
     "envpool cheetah-run",
     "envpool finger-turn_hard",
