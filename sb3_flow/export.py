@@ -6,7 +6,9 @@ Inside are the normalization of observations (of the policy, and of ``VecNormali
 flow, and the bounds of the action space.
 """
 
+import copy
 import json
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -42,12 +44,12 @@ def export_policy(
     Write a policy that runs without this package: by onnxruntime ("onnx") or by PyTorch alone ("torchscript", "torch-export").
 
     :param model: A trained model
-    :param path: Where to write it. A suffix is added if it has none.
+    :param path: Where to write it. The suffix of the format (.onnx, .pt, .pt2) is added if it has none of these.
     :param format: "onnx" (extra ``export``), "torchscript" or "torch-export"
     :param deterministic: Whether to act as ``predict(deterministic=True)``. Otherwise standard normal noise is a further
         input, (batch, \\*model.policy.noise_shape).
     :param vec_normalize: What normalized the observations that it learned from, that of the environment of the model if None
-    :return: path of the file, which is compared with the model before it is there
+    :return: path of the file, which is compared with ``predict`` before it is there
     :raises ValueError: if the policy cannot be exported, naming what stands in the way
     :raises ImportError: if the format needs onnxruntime, and it is not installed
     """
@@ -56,26 +58,32 @@ def export_policy(
     policy = ExportablePolicy(model, deterministic, vec_normalize)
     policy.check(format)
     path = Path(path)
-    path = path if path.suffix else path.with_suffix(FORMATS[format])
+    if path.suffix in FORMATS.values() and path.suffix != FORMATS[format]:
+        raise ValueError(f'`path` must end in {FORMATS[format]} with `format="{format}"`, it is {path}')
+    if path.suffix not in FORMATS.values():
+        path = path.with_name(path.name + FORMATS[format])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"unfinished-{path.name}")
     # (of a batch of one, or two, an exporter would think that it has always one)
     examples = policy.examples(3)
     try:
         with th.no_grad():
-            run = WRITERS[format](policy, examples, unfinished)
+            try:
+                run = WRITERS[format](policy, examples, unfinished)
+            except ImportError:
+                raise
+            except Exception as error:
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f'The policy cannot be exported as "{format}": {reason}') from error
             for batch_size in (1, 2, 64):
-                inputs = policy.examples(batch_size)
-                difference = policy.difference(run(inputs), policy(*inputs))
-                if not difference < TOLERANCE:
-                    raise ValueError(
-                        f"What was exported differs from the policy by {difference:.2g} for {batch_size} observation(s): "
-                        "something in it (of your own?) cannot be exported"
-                    )
+                policy.compare(run, model, batch_size, vec_normalize)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+Run = Callable[[tuple[th.Tensor, ...]], th.Tensor]
 
 
 class ExportablePolicy(nn.Module):
@@ -98,26 +106,35 @@ class ExportablePolicy(nn.Module):
 
     def __init__(self, model: BaseAlgorithm, deterministic: bool, vec_normalize: VecNormalize | None = None):
         super().__init__()
-        policy: Any = model.policy
-        if not hasattr(policy, "act"):
-            raise ValueError(f"{type(model).__name__} has no flow policy to export: its policy is a {type(policy).__name__}")
+        if not hasattr(model.policy, "act"):
+            found = type(model.policy).__name__
+            raise ValueError(f"{type(model).__name__} has no flow policy to export: its policy is a {found}")
+        policy: Any = copy.deepcopy(model.policy).to("cpu")
         policy.set_training_mode(False)
+        if hasattr(policy, "critic_target"):
+            # It does not act
+            del policy.critic_target
         self.policy = policy
         self.algorithm = type(model).__name__
         self.deterministic = deterministic
         self.observation_space, self.action_space = model.observation_space, model.action_space
+        if vec_normalize is not None and vec_normalize.norm_obs:
+            check_statistics(vec_normalize, self.observation_space)
+            self.observation_space = space_before(vec_normalize, self.observation_space)
         self.normalization = ObservationNormalization(vec_normalize)
         self.chunk_size = getattr(policy, "chunk_size", 1)
-        if deterministic:
-            zeros = th.zeros(policy.noise_shape)
-            self.register_buffer("noise", policy.same_noise().cpu() if hasattr(policy, "same_noise") else zeros)
+        #: What deterministic actions are made of
+        self.register_buffer("noise", policy.same_noise() if hasattr(policy, "same_noise") else th.zeros(policy.noise_shape))
         self._register_bounds()
 
     def check(self, format: str) -> None:
         """
         :param format: See :func:`export_policy`
-        :raises ValueError: if its sampler cannot be exported
+        :raises ValueError: if its sampler, or the name of an observation, cannot be exported
         """
+        taken = {ACTION} if self.deterministic else {ACTION, NOISE}
+        if names := taken & set(self.keys):
+            raise ValueError(f"The key {names.pop()!r} of the observations is the name of another input, or of the output")
         # (a one-step actor does not need it)
         sampler = None if hasattr(self.policy, "actor") else getattr(self.policy, "sampler", None)
         reason = None
@@ -125,7 +142,7 @@ class ExportablePolicy(nn.Module):
             reason = "chooses its steps by what it finds"
         elif sampler == "sde" and not self.deterministic:
             reason = "draws noise at each step, but with `deterministic=True`"
-        elif sampler not in (None, "euler", "sde") and format != "torchscript":
+        elif sampler in ("midpoint", "heun", "rk4") and format != "torchscript":
             reason = f'is torchdiffeq\'s, which "{format}" cannot follow, but "torchscript" can'
         if reason is not None:
             raise ValueError(f'The sampler "{sampler}" {reason}. Take another, see `policy.set_sampler()`')
@@ -174,20 +191,33 @@ class ExportablePolicy(nn.Module):
         return actions if squash_type is None else actions.clamp(self._least, self._most)
 
     def examples(self, batch_size: int) -> tuple[th.Tensor, ...]:
-        """Inputs of a batch."""
-        space, generator = self.observation_space, th.Generator().manual_seed(batch_size)
-        samples = []
-        for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
-            part.seed(batch_size)
-            batch = np.stack([part.sample() for _ in range(batch_size)])
-            samples.append(th.as_tensor(np.asarray(batch, dtype_of(part))))
-        noise = [] if self.deterministic else [th.randn((batch_size, *self.policy.noise_shape), generator=generator)]
-        return (*samples, *noise)
+        """Inputs of a batch, deterministic ones."""
+        space = self.observation_space
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+        samples = (th.as_tensor(draw(part, batch_size)) for part in parts)
+        return (*samples, *([] if self.deterministic else [self.noise.repeat(batch_size, *[1] * self.noise.dim())]))
 
-    def difference(self, actions: th.Tensor, expected: th.Tensor) -> float:
-        """Largest difference of actions, in [-1, 1] where there are bounds."""
+    def compare(self, run: Run, model: BaseAlgorithm, batch_size: int, vec_normalize: VecNormalize | None) -> None:
+        """
+        :param run: What was exported
+        :param model: What it should do
+        :param batch_size: For how many observations
+        :param vec_normalize: What normalizes them for the model
+        :raises ValueError: if it does something else
+        """
+        inputs = self.examples(batch_size)
+        parts: Any = {key: part.numpy() for key, part in zip(self.keys, inputs, strict=False)}
+        obs = parts if isinstance(self.observation_space, spaces.Dict) else parts[OBSERVATION]
+        seen = obs if vec_normalize is None else vec_normalize.normalize_obs(obs)
+        expected, state = model.predict(seen, deterministic=True)
+        expected = expected if state is None else state[0]
         half_range = th.where(self._bounded, (self._high / 2 - self._low / 2).clamp(min=1e-6), th.ones_like(self._high))
-        return float(((actions - expected).flatten(1) / half_range).abs().max())
+        difference = (run(inputs) - th.as_tensor(expected)).flatten(1) / half_range
+        if not (largest := float(difference.abs().max())) < TOLERANCE:
+            raise ValueError(
+                f"What was exported differs from `predict` by {largest:.2g} for {batch_size} observation(s): something in the "
+                "policy (of your own?) cannot be exported"
+            )
 
     def metadata(self) -> dict[str, Any]:
         """What a program that runs it has to know."""
@@ -239,6 +269,52 @@ class ObservationNormalization(nn.Module):
         return normalized.clamp(-self.clip_obs, self.clip_obs)
 
 
+def check_statistics(vec_normalize: VecNormalize, space: spaces.Space) -> None:
+    """
+    :param vec_normalize: What normalizes observations
+    :param space: Their space
+    :raises ValueError: if it normalizes others
+    """
+    statistics: Any = vec_normalize.obs_rms
+    is_dict = isinstance(space, spaces.Dict)
+    if isinstance(statistics, dict) != is_dict or (is_dict and not set(statistics) <= set(space.spaces)):  # type: ignore[attr-defined]
+        raise ValueError(f"`vec_normalize` is for other observations than those of the model, {space}")
+    pairs = [(part, space[key]) for key, part in statistics.items()] if is_dict else [(statistics, space)]  # type: ignore[index]
+    for running, part in pairs:
+        if running.mean.shape != part.shape:
+            raise ValueError(
+                f"`vec_normalize` is for observations of shape {running.mean.shape}, but those of the model have "
+                f"{part.shape}: only one around all other wrappers (VecFrameStack, say) can be exported"
+            )
+
+
+def space_before(vec_normalize: VecNormalize, space: spaces.Space) -> spaces.Space:
+    """
+    :param vec_normalize: What normalizes observations
+    :param space: Their space
+    :return: that of observations that are not normalized yet, which may be bytes, for example
+    """
+    before = vec_normalize.venv.observation_space
+    if not isinstance(space, spaces.Dict):
+        return before
+    assert isinstance(before, spaces.Dict)
+    normalized = vec_normalize.norm_obs_keys or []
+    return spaces.Dict({key: before[key] if key in normalized else part for key, part in space.spaces.items()})
+
+
+def draw(space: spaces.Space, batch_size: int) -> np.ndarray:
+    """
+    :param space: Space of a part of the observations
+    :param batch_size: Number of observations
+    :return: observations, standard normal where they are real numbers (bounds may be far away)
+    """
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        normal = np.random.default_rng(batch_size).standard_normal((batch_size, *space.shape))
+        return np.clip(normal, space.low, space.high).astype(np.float32)
+    space.seed(batch_size)
+    return np.asarray(np.stack([space.sample() for _ in range(batch_size)]), dtype_of(space))
+
+
 def dtype_of(space: spaces.Space) -> type:
     """
     :param space: Space of a part of the observations
@@ -274,11 +350,12 @@ def _version() -> str:
     return sb3_flow.__version__
 
 
-Run = Callable[[tuple[th.Tensor, ...]], th.Tensor]
-
-
 def write_torchscript(policy: ExportablePolicy, examples: tuple[th.Tensor, ...], path: Path) -> Run:
-    traced = th.jit.trace(policy, examples)
+    with warnings.catch_warnings():
+        # What depends on the example is found by the comparison
+        warnings.simplefilter("ignore", th.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = th.jit.trace(policy, examples, check_trace=False)
     th.jit.save(traced, path, _extra_files={"metadata.json": json.dumps(policy.metadata())})
     loaded = th.jit.load(path)
     return lambda inputs: loaded(*inputs)

@@ -1,5 +1,6 @@
 """Action chunks: sequences of a dataset and of a replay buffer, what is learned of them, and how they are executed."""
 
+import itertools
 from typing import Any
 
 import gymnasium as gym
@@ -204,6 +205,16 @@ def test_a_reset_is_no_next_step():
         assert bool(valid[-1]) == (next_obs - obs == 3)
 
 
+def test_missing_observations_are_no_breaks():
+    """A sensor that is off is as off in the next step."""
+    space = spaces.Box(-np.inf, np.inf, (2,))
+    buffer = ChunkReplayBuffer(10, space, CountingEnv.action_space, "cpu", 1, chunk_size=2, gamma=GAMMA)
+    observations = np.array([[[number, np.nan]] for number in range(6)], dtype=np.float32)
+    for obs, next_obs in itertools.pairwise(observations):
+        buffer.add(obs, next_obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1), [{}])
+    assert not buffer.breaks.any()
+
+
 def test_chunks_are_normalized():
     env = VecNormalize(make_vec_env("Pendulum-v1", 2, seed=0))
     model = make_model(FQL, env, learning_starts=10).learn(60)
@@ -329,6 +340,10 @@ def test_the_chunk_is_executed(algorithm):
     assert state[1].tolist() == [2, 1, 2]
     with pytest.raises(ValueError, match="`state` must be of 2 environments, as the observation is, it is of 3"):
         model.predict(obs[0, :2], state)
+    with pytest.raises(ValueError, match="`episode_start` must be of 3 environments, as the observation is, it is of 1"):
+        model.predict(obs[0], state, np.array([True]))
+    # As those of recurrent policies may be
+    assert np.array_equal(model.predict(obs[0], state, np.zeros(3))[1][1], state[1] % 3 + 1)
 
 
 @pytest.mark.parametrize("algorithm", WITH_CHUNKS)
@@ -389,6 +404,21 @@ def test_learning_executes_chunks(algorithm):
         assert len(taken) <= length
     # All but the 8 random ones
     assert n_steps == 52
+
+
+@pytest.mark.parametrize("algorithm", ONLINE)
+def test_warm_up_drops_chunks(algorithm):
+    """Learning begins anew, with random actions: what was planned before is of another episode."""
+    model = make_model(algorithm, DummyVecEnv([lambda: CountingEnv(1000)]), learning_starts=10, gradient_steps=0)
+    model.learn(11)
+    planned, predict = [], model.policy._predict
+    model.policy._predict = lambda obs, deterministic=False: (planned.extend(obs[:, 0].tolist()), predict(obs, deterministic))[
+        1
+    ]
+    start = model.env.get_attr("total")[0]
+    model.learn(16)
+    # (the second reset adds 100)
+    assert planned == [start + 100 + 10, start + 100 + 13]
 
 
 @pytest.mark.parametrize("algorithm", ONLINE)
@@ -514,6 +544,10 @@ def test_the_default_of_qc():
           for algorithm in ONLINE),
         *((algorithm, dict(optimize_memory_usage=True), "`optimize_memory_usage` must be False") for algorithm in ONLINE),
         (FQL, dict(n_steps=3), "`n_steps` must be 1 with a `chunk_size` of 3, it is 3"),
+        *((algorithm, dict(dataset=make_dataset(60), dataset_kwargs=dict(validation=make_dataset(60, 2))),
+           "`chunk_size` is 3, but the longest episode of the validation has 2") for algorithm in ONLINE),
+        *((algorithm, dict(replay_buffer_kwargs=dict(chunk_size=7)), "`chunk_size` is 3, but 7 in the `replay_buffer_kwargs`")
+          for algorithm in ONLINE),
         *((algorithm, dict(policy_kwargs=dict(chunk_size=4)), "`chunk_size` is 3, but 4 in the `policy_kwargs`")
           for algorithm in WITH_CHUNKS),
     ],

@@ -12,8 +12,11 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
+import sb3_flow.fpo
+import sb3_flow.fql
 from sb3_flow import DPPO, FAWAC, FBRAC, FPO, FQL, IFQL, QC, FlowBC
 from sb3_flow.common.flow import PREDICTION_TYPES
 from sb3_flow.export import FORMATS, export_policy
@@ -158,7 +161,8 @@ def test_samplers(tmp_path, algorithm, sampler):
     ("algorithm", "space"),
     [
         # Other bounds, and more than one axis
-        *((algorithm, spaces.Box(np.float32([-3, 10, 0]), np.float32([5, 30, 1e-3]))) for algorithm in (FPO, FQL)),
+        *((algorithm, spaces.Box(np.array([-3, 10, 0], np.float32), np.array([5, 30, 1e-3], np.float32)))
+          for algorithm in (FPO, FQL)),
         *((algorithm, box(2, 3, low=-4, high=2)) for algorithm in (FPO, DPPO, FlowBC)),
         (FPO, spaces.Box(-1e30, 1e30, (2,))),
         (FPO, spaces.Box(-2.0, 2.0, (2,), np.float64)),
@@ -314,6 +318,102 @@ def test_adaptive_sampler_is_refused(tmp_path, algorithm):
     check(tmp_path, make_model(FQL, policy_kwargs=dict(sampler="dopri5")), "torchscript")
 
 
+class Reversed(sb3_flow.fql.MlpPolicy):
+    def _predict(self, observation, deterministic=False):
+        return -super()._predict(observation, deterministic)
+
+
+class Halved(sb3_flow.fpo.MlpPolicy):
+    def unscale_action(self, scaled_action):
+        return 0.5 * super().unscale_action(scaled_action)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("algorithm", "policy"), [(FQL, Reversed), (FPO, Halved)])
+def test_policies_that_act_otherwise(tmp_path, algorithm, policy, deterministic):
+    """What a subclass does is not what is exported."""
+    with pytest.raises(ValueError, match="What was exported differs from `predict` by"):
+        export_policy(make_model(algorithm, policy=policy), tmp_path / "policy", "torchscript", deterministic)
+    assert not list(tmp_path.iterdir())
+
+
+class DataDependent(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 3)
+
+    def forward(self, observations):
+        return observations if observations.sum() > 0 else 2 * observations
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path):
+    model = make_model(FPO, policy_kwargs=dict(features_extractor_class=DataDependent))
+    with pytest.raises(ValueError, match='The policy cannot be exported as "torch-export": ') as error:
+        export_policy(model, tmp_path / "policy", "torch-export")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("key", "deterministic"), [("noise", False), ("action", False), ("action", True)])
+def test_names_that_are_taken(tmp_path, key, deterministic, format):
+    env = SpacesEnv(spaces.Dict({key: box(2), "other": box(3)}), box(2))
+    with pytest.raises(ValueError, match=f"The key '{key}' of the observations is the name of another input"):
+        export_policy(make_model(FPO, env, "MultiInputPolicy"), tmp_path / "policy", format, deterministic)
+
+
+def test_name_that_is_free(tmp_path):
+    env = SpacesEnv(spaces.Dict({"noise": box(2), "a b": box(3)}), box(2))
+    export_policy(make_model(FPO, env, "MultiInputPolicy"), tmp_path / "policy", "torchscript", deterministic=True)
+
+
+def test_statistics_of_other_observations(tmp_path):
+    """Around single frames, of another size, or of another kind."""
+    plain = make_vec_env("Pendulum-v1", 1)
+    stacked = VecFrameStack(VecNormalize(plain), 4)
+    model = make_model(FPO, stacked)
+    with pytest.raises(ValueError, match=r"of shape \(3,\), but those of the model have \(12,\): only one around all other"):
+        export_policy(model, tmp_path / "policy", "torchscript")
+    model = make_model(FPO)
+    one = VecNormalize(DummyVecEnv([lambda: SpacesEnv(box(1), box(2))]))
+    dictionary = VecNormalize(DummyVecEnv([lambda: SpacesEnv(spaces.Dict(a=box(3)), box(2))]))
+    with pytest.raises(ValueError, match=r"of shape \(1,\)"):
+        export_policy(model, tmp_path / "policy", "torchscript", vec_normalize=one)
+    with pytest.raises(ValueError, match="`vec_normalize` is for other observations than those of the model"):
+        export_policy(model, tmp_path / "policy", "torchscript", vec_normalize=dictionary)
+
+
+def test_bytes_that_are_normalized(tmp_path):
+    """They come in as bytes."""
+    env = VecNormalize(DummyVecEnv([lambda: SpacesEnv(spaces.Box(0, 255, (4,), np.uint8), box(2))]))
+    env.reset()
+    env.training = False
+    model = make_model(FPO, env)
+    extra = {"metadata.json": ""}
+    file = export_policy(model, tmp_path / "policy", "torchscript", deterministic=True)
+    module = th.jit.load(file, _extra_files=extra)
+    assert json.loads(extra["metadata.json"])["inputs"][0]["dtype"] == "uint8"
+    obs = observations(spaces.Box(0, 255, (4,), np.uint8), 10)
+    expected, _ = model.predict(env.normalize_obs(obs), deterministic=True)
+    assert np.allclose(module(th.as_tensor(obs)).detach().numpy(), expected, atol=1e-5)
+
+
+def test_bounds_that_are_far_away(tmp_path):
+    export_policy(make_model(QC, SpacesEnv(box(4, low=-1e4, high=1e4), box(2))), tmp_path / "policy", "torchscript")
+
+
+def test_suffixes(tmp_path):
+    model = make_model(FPO)
+    assert export_policy(model, tmp_path / "run_0.95", "torchscript").name == "run_0.95.pt"
+    with pytest.raises(ValueError, match=r'`path` must end in \.pt with `format="torchscript"`'):
+        export_policy(model, tmp_path / "policy.onnx", "torchscript")
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+def test_from_a_gpu(tmp_path):
+    model = FPO("MlpPolicy", "Pendulum-v1", device="cuda")
+    export_policy(model, tmp_path / "policy", "torchscript")
+    assert next(model.policy.parameters()).is_cuda
+
+
 def test_what_cannot_be_traced_is_not_left(tmp_path):
     """A network whose way depends on what it sees: the file would be wrong."""
     model = FPO("MlpPolicy", "Pendulum-v1", device="cpu", policy_kwargs=dict(net_arch=[16, 16], ortho_init=False))
@@ -323,7 +423,7 @@ def test_what_cannot_be_traced_is_not_left(tmp_path):
             return x + 1 if len(x) == 1 else x
 
     model.policy.action_net.layers.insert(0, Moody())
-    with pytest.raises(ValueError, match=r"What was exported differs from the policy by .* for 1 observation\(s\)"):
+    with pytest.raises(ValueError, match=r"What was exported differs from `predict` by .* for 1 observation\(s\)"):
         export_policy(model, tmp_path / "policy", "torchscript")
     assert not list(tmp_path.iterdir())
 

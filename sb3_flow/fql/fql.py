@@ -234,7 +234,7 @@ class FQL(OfflineAlgorithm):
         :param batch: Transitions
         :return: actions of the one-step policy, which has no target network, (batch, action_dim)
         """
-        return self.actor.unclipped_actions(batch.next_observations, th.randn_like(batch.actions)).clamp(-1, 1)
+        return self.actor.act(batch.next_observations, th.randn_like(batch.actions))
 
     def _actor_losses(self, batch: Batch) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -24,7 +24,7 @@ class FQLPolicy(OfflinePolicy):
         return self.actor._predict(observation, deterministic)
 
     def act(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
-        return self.actor.unclipped_actions(obs, noise).clamp(-1, 1)
+        return self.actor.act(obs, noise)
 
 
 class FQLCnnPolicy(WithImages, FQLPolicy):

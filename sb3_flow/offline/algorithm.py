@@ -292,6 +292,11 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         if of_policy != self.chunk_size:
             raise ValueError(f"`chunk_size` is {self.chunk_size}, but {of_policy} in the `policy_kwargs`")
         if self.chunk_size > 1:
+            for name, value in dict(chunk_size=self.chunk_size, gamma=self.gamma).items():
+                if self.replay_buffer_kwargs.get(name, value) != value:
+                    raise ValueError(
+                        f"`{name}` is {value}, but {self.replay_buffer_kwargs[name]} in the `replay_buffer_kwargs`"
+                    )
             if self.replay_buffer_class is None:
                 self.replay_buffer_class = CHUNK_BUFFERS[isinstance(self.observation_space, spaces.Dict)]
             self.replay_buffer_kwargs = self.replay_buffer_kwargs | dict(chunk_size=self.chunk_size, gamma=self.gamma)
@@ -360,6 +365,13 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             except ValueError as error:
                 raise ValueError(f"`validation`: {error}") from error
             remembered = dataset_name(validation)
+        for part in (buffer, validation_buffer):
+            if self.chunk_size > 1 and part is not None and part.longest_episode < self.chunk_size:
+                what = "dataset" if part is buffer else "validation"
+                raise ValueError(
+                    f"`chunk_size` is {self.chunk_size}, but the longest episode of the {what} has {part.longest_episode} "
+                    "transition(s)"
+                )
         self.offline_buffer, self.validation_buffer = buffer, validation_buffer
         self._has_dataset, self._has_validation = True, validation is not None
         self.learning_starts = 0
@@ -386,13 +398,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         actions /= half_range
         np.clip(actions, -1 + ACTION_MARGIN, 1 - ACTION_MARGIN, out=actions)
         transitions = replace(transitions, actions=actions)
-        buffer = OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device, self.chunk_size)
-        if self.chunk_size > 1 and buffer.longest_episode < self.chunk_size:
-            longest = buffer.longest_episode
-            raise ValueError(
-                f"`chunk_size` is {self.chunk_size}, but the longest episode of the dataset has {longest} transition(s)"
-            )
-        return buffer
+        return OfflineBuffer(transitions, self.device, self.n_steps, self.gamma, n_stack, device, self.chunk_size)
 
     def _load_dataset(self) -> None:
         """After a model was loaded, its dataset is."""
@@ -707,6 +713,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.chunk_size == 1 or self.num_timesteps < learning_starts:
+            self._chunks = None
             return super()._sample_action(learning_starts, action_noise, n_envs)
         assert self._last_obs is not None and self._last_episode_starts is not None
         chunks = None if self._last_episode_starts.all() else self._chunks
@@ -878,9 +885,10 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             # Enough to learn offline
             raise ValueError(f"`buffer_size` must be larger to learn online, it is {self.buffer_size}")
         if total_timesteps > 0 and self.replay_buffer is not None and self.replay_buffer.buffer_size < self.chunk_size:
+            least = self.chunk_size * self.n_envs * distributed.world_size()
             raise ValueError(
-                f"`buffer_size` must be at least {self.chunk_size * self.n_envs} to learn online, it is {self.buffer_size}: a "
-                f"chunk of {self.chunk_size} steps for each environment"
+                f"`buffer_size` must be at least {least} to learn online, it is {self.buffer_size}: a chunk of "
+                f"{self.chunk_size} steps for each environment"
             )
         if self._has_dataset and self.offline_buffer is None:
             warnings.warn(

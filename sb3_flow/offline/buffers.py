@@ -64,9 +64,9 @@ class OfflineBuffer:
 
     @property
     def longest_episode(self) -> int:
-        """Number of transitions of the longest episode."""
-        ends = th.nonzero(self.episode_ends).flatten()
-        return int(th.diff(ends, prepend=ends.new_tensor([-1])).max())
+        """Number of transitions of the longest episode of those that are sampled."""
+        episodes = self.episode_ends.cumsum(0) - self.episode_ends.int()
+        return int((episodes if self.rows is None else episodes[self.rows]).bincount().max())
 
     def split(self, fraction: float) -> tuple["OfflineBuffer", "OfflineBuffer"]:
         """

@@ -85,7 +85,10 @@ class ChunkSampling(ReplayBuffer):
             map_arrays(lambda *both: self._mark_break(previous, *both), following, expected)
 
     def _mark_break(self, row: int, following: np.ndarray, expected: np.ndarray) -> None:
-        self.breaks[row] |= (following != expected).reshape(self.n_envs, -1).any(axis=1)
+        differs = following != expected
+        if np.issubdtype(following.dtype, np.floating):
+            differs &= ~(np.isnan(following) & np.isnan(expected))
+        self.breaks[row] |= differs.reshape(self.n_envs, -1).any(axis=1)
 
     @property
     def n_chunks(self) -> int:

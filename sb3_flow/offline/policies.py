@@ -89,9 +89,16 @@ class OneStepActor(RescaledActionsPolicy):
         features = self.extract_features(obs, self.features_extractor)
         return self.mu(th.cat([features, noise], dim=1))
 
+    def act(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        :param obs: Observation
+        :param noise: (batch, action_dim)
+        :return: action in [-1, 1], (batch, action_dim)
+        """
+        return self.unclipped_actions(obs, noise).clamp(-1, 1)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        noise = _draw_noise(observation, self.action_dim, self.device, deterministic)
-        return self.unclipped_actions(observation, noise).clamp(-1, 1)
+        return self.act(observation, _draw_noise(observation, self.action_dim, self.device, deterministic))
 
 
 class BCFlow(RescaledActionsPolicy):
@@ -529,7 +536,7 @@ class OfflinePolicy(RescaledActionsPolicy):
         :param deterministic: Whether or not to return deterministic actions.
         :return: the model's action and the next hidden state: with chunks those of each environment, in env units,
             (n_envs, chunk_size, ...), and the number of their steps that are taken, (n_envs,)
-        :raises ValueError: if the state is of another number of environments
+        :raises ValueError: if the state, or the masks, are of another number of environments
         """
         if self.chunk_size == 1 or isinstance(observation, tuple):
             # (which is refused there)
@@ -547,7 +554,12 @@ class OfflinePolicy(RescaledActionsPolicy):
             raise ValueError(f"`state` must be of {n_envs} environments, as the observation is, it is of {len(n_taken)}")
         is_new = n_taken >= self.chunk_size
         if episode_start is not None:
-            is_new = is_new | episode_start
+            starts = np.asarray(episode_start, dtype=bool).reshape(-1)
+            if len(starts) != n_envs:
+                raise ValueError(
+                    f"`episode_start` must be of {n_envs} environments, as the observation is, it is of {len(starts)}"
+                )
+            is_new = is_new | starts
         if is_new.any():
             with th.no_grad():
                 new = self._predict(map_arrays(lambda part: part[is_new], obs), deterministic)

@@ -43,15 +43,16 @@ def run_episodes(
     envs = [GridWorldEnv(layout) for _ in starts]
     observations = np.array([env.reset(options=dict(position=start))[0] for env, start in zip(envs, starts, strict=True)])
     episodes = [[env.position] for env in envs]
-    running = np.arange(len(envs))
+    running, state = np.arange(len(envs)), None
     for _ in range(100):
-        actions, _ = model.predict(normalize(observations[running]), deterministic=deterministic)
+        actions, state = model.predict(normalize(observations[running]), state, deterministic=deterministic)
         goes_on = []
         for index, action in zip(running, actions, strict=True):
             observations[index], _, terminated, _, _ = envs[index].step(action)
             episodes[index].append(envs[index].position)
             goes_on.append(not terminated)
         running = running[goes_on]
+        state = None if state is None else tuple(part[goes_on] for part in state)
         if len(running) == 0:
             break
     return [np.array(positions) for positions in episodes]

@@ -37,15 +37,17 @@ def run_episodes(
     envs = [MultiGoalEnv(n_goals) for _ in range(n_episodes)]
     observations = np.array([env.reset(seed=seed + index)[0] for index, env in enumerate(envs)])
     positions, returns, goals = [[env.position] for env in envs], np.zeros(n_episodes), np.full(n_episodes, -1)
-    running = np.arange(n_episodes)
+    running, state = np.arange(n_episodes), None
     for _ in range(MAX_STEPS):
-        actions, _ = model.predict(observations[running], deterministic=deterministic)
+        actions, state = model.predict(observations[running], state, deterministic=deterministic)
         for index, action in zip(running, actions, strict=True):
             observations[index], reward, _, _, info = envs[index].step(action)
             positions[index].append(envs[index].position)
             returns[index] += reward
             goals[index] = info["goal"]
-        running = np.flatnonzero(goals < 0)
+        goes_on = goals[running] < 0
+        running = running[goes_on]
+        state = None if state is None else tuple(part[goes_on] for part in state)
         if len(running) == 0:
             break
     return [Episode(np.array(path), float(r), int(goal)) for path, r, goal in zip(positions, returns, goals, strict=True)]

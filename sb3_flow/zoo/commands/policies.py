@@ -39,8 +39,10 @@ def plot_flow() -> None:
     check_env(args.env, args.gym_packages)
     model, env, model_path = load_run(args.algo, args.env, args.folder, args.exp_id, args.load_best, args.seed, args.device)
     obs: Any = env.reset()
+    state, episode_start = None, np.ones(env.num_envs, dtype=bool)
     for _ in range(args.steps):
-        obs, *_ = env.step(model.predict(obs, deterministic=False)[0])
+        actions, state = model.predict(obs, state, episode_start, deterministic=False)
+        obs, _, episode_start, _ = env.step(actions)
     if isinstance(obs, dict):
         raise InputError(f"argument --env: found {args.env!r}, which has a Dict of observations, expected one with a Box")
     if args.obs is not None:
