@@ -293,7 +293,8 @@ Results
 
 Flow policies against Gaussian ones, with the same environments, rollouts, minibatches and networks. FPO and DPPO have the
 hyperparameters of ``hyperparams/fpo.yml`` and ``dppo.yml``, PPO those of ``benchmarks/ppo.yml``, and on MuJoCo also those of
-rl-zoo3.
+rl-zoo3. Class defaults are compared in :doc:`out_of_the_box`; :doc:`modes` has tasks with several equally good actions, and
+:doc:`../modules/fql` results of offline learning.
 """
 TUNING = """\
 The hyperparameters of the DeepMind Control suite were found with seeds from 1000 on (``benchmarks/results/tuning``): on four

@@ -135,7 +135,7 @@ def test_torch_export(tmp_path, algorithm):
 
 
 @pytest.mark.parametrize(
-    "algorithm", [FPO, IFQL, *(pytest.param(algorithm, marks=pytest.mark.slow) for algorithm in (DPPO, FQL, FlowBC))]
+    "algorithm", [FPO, *(pytest.param(algorithm, marks=pytest.mark.slow) for algorithm in (DPPO, FQL, FlowBC, IFQL))]
 )
 def test_onnx(tmp_path, algorithm):
     pytest.importorskip("onnxscript", reason='needs pip install "sb3-flow[export]"')
@@ -189,7 +189,7 @@ def test_observation_spaces(tmp_path, algorithm, space):
 
 
 @pytest.mark.parametrize(("algorithm", "format"), [
-    (FPO, "torchscript"), (FQL, "torchscript"), (FPO, "onnx"), pytest.param(FQL, "onnx", marks=pytest.mark.slow)
+    (FPO, "torchscript"), (FQL, "torchscript"), (FQL, "onnx"), pytest.param(FPO, "onnx", marks=pytest.mark.slow)
 ])  # fmt: skip
 def test_dict(tmp_path, algorithm, format):
     """With an image in it: each part is an input, by its key."""
