@@ -445,14 +445,14 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
         """
         # Update optimizer learning rate
         self._update_learning_rate(self.policy.optimizer)
+        if self.chunk_size > 1 and self.offline_buffer is None and self._n_online() == 0:
+            # There is no whole chunk yet
+            return
         if self.compile and gradient_steps > 0 and self._train_in_graph(gradient_steps, batch_size):
             return
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
 
-        if self.chunk_size > 1 and self.offline_buffer is None and self._n_online() == 0:
-            # There is no whole chunk yet
-            return
         logged = []
         for _ in range(gradient_steps):
             loss, values = self._losses(self._sample(distributed.share("batch_size", batch_size)))
