@@ -20,7 +20,7 @@ extras = {
     "solvers": ["torchdiffeq"],
     "offline": ["ogbench>=1.2,<2", "minari[hdf5]>=0.5.4", "h5py", "pillow"],
     # A policy as a file of ONNX
-    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "plots": ["matplotlib", "rl_zoo3[plots]>=2.9.0,<3"],
     "docs": ["sphinx>=7", "furo"],
     "tests": ["pytest", "pytest-xdist", "hypothesis", "ruff", "black", "mypy", "tensorboard"],
