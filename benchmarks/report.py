@@ -96,7 +96,7 @@ def estimate(data: Any, function: Any) -> list[Estimate]:
     # The same page from the same files: rliable draws from NumPy's global generator, not from its `random_state`
     np.random.seed(0)
     points, intervals = library.get_interval_estimates({"": data}, function, reps=REPS)
-    return [(float(points[""][k]), *map(float, intervals[""][:, k])) for k in range(len(points[""]))]  # type: ignore[misc]
+    return [(float(point), float(low), float(high)) for point, low, high in zip(points[""], *intervals[""], strict=True)]
 
 
 def aggregates(of_algo: np.ndarray) -> list[Estimate]:

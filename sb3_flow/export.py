@@ -150,6 +150,7 @@ class ExportablePolicy(nn.Module):
     def _register_bounds(self) -> None:
         space = self.action_space
         assert isinstance(space, spaces.Box)
+        self.action_shape = space.shape
         bounded, middle = is_bounded(space), middle_and_half_range(space)[0]
         low, high = np.where(bounded, space.low, middle), np.where(bounded, space.high, middle)
         bounds = dict(low=low, high=high, least=space.low, most=space.high, middle=middle)
@@ -177,7 +178,7 @@ class ExportablePolicy(nn.Module):
         noise = self.noise.expand(batch_size, *self.noise.shape) if self.deterministic else inputs[-1]
         actions = self._to_env_units(self.policy.act(obs, noise))
         chunk = [] if self.chunk_size == 1 else [self.chunk_size]
-        return actions.reshape(batch_size, *chunk, *self.action_space.shape)  # type: ignore[misc]
+        return actions.reshape(batch_size, *chunk, *self.action_shape)
 
     def _to_env_units(self, actions: th.Tensor) -> th.Tensor:
         """As the policy's ``unscale_action``, of tensors."""
@@ -275,12 +276,13 @@ def check_statistics(vec_normalize: VecNormalize, space: spaces.Space) -> None:
     :param space: Their space
     :raises ValueError: if it normalizes others
     """
-    statistics: Any = vec_normalize.obs_rms
-    is_dict = isinstance(space, spaces.Dict)
-    if isinstance(statistics, dict) != is_dict or (is_dict and not set(statistics) <= set(space.spaces)):  # type: ignore[attr-defined]
+    found = vec_normalize.obs_rms
+    statistics: dict[str, Any] = found if isinstance(found, dict) else {OBSERVATION: found}
+    parts = space.spaces if isinstance(space, spaces.Dict) else {OBSERVATION: space}
+    if isinstance(found, dict) != isinstance(space, spaces.Dict) or not set(statistics) <= set(parts):
         raise ValueError(f"`vec_normalize` is for other observations than those of the model, {space}")
-    pairs = [(part, space[key]) for key, part in statistics.items()] if is_dict else [(statistics, space)]  # type: ignore[index]
-    for running, part in pairs:
+    for key, running in statistics.items():
+        part = parts[key]
         if running.mean.shape != part.shape:
             raise ValueError(
                 f"`vec_normalize` is for observations of shape {running.mean.shape}, but those of the model have "

@@ -139,8 +139,7 @@ def test_chunks_of_a_dataset(data, n, chunk_size):
     batch = buffer.sample(30)
     assert isinstance(batch, ChunkSamples)
     # What is beyond the last row is the last row again
-    beyond = lambda x: np.concatenate([x, *[x[-1:]] * chunk_size])  # noqa: E731 short, and used in one place
-    parts = [beyond(x) for x in (observations, observations + 0.5, *arrays[1:], dones, ends)]
+    parts = [np.concatenate([x, *[x[-1:]] * chunk_size]) for x in (observations, observations + 0.5, *arrays[1:], dones, ends)]
     for index, row in enumerate(batch.observations[:, 0].int().tolist()):
         check_chunk(batch, index, row, *parts, chunk_size)
     lengths = np.diff(np.flatnonzero(ends), prepend=-1)

@@ -95,7 +95,7 @@ class ChunkSampling(ReplayBuffer):
         """Number of chunks of each environment."""
         return max(self.size() - self.chunk_size + 1, 0)
 
-    # (another class than that of a buffer of SB3, as the method below)
+    # (its samples are of another class than those of a buffer of SB3)
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ChunkSamples:  # type: ignore[override]
         """
         Sample chunks.
@@ -108,6 +108,7 @@ class ChunkSampling(ReplayBuffer):
         starts = np.random.randint(self.n_chunks, size=batch_size) + (self.pos if self.full else 0)
         return self._get_samples(starts % self.buffer_size, env)
 
+    # (as above)
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ChunkSamples:  # type: ignore[override]
         envs = np.random.randint(self.n_envs, size=len(batch_inds))
         steps = (batch_inds[:, None] + np.arange(self.chunk_size)) % self.buffer_size, envs[:, None]
