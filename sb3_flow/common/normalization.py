@@ -41,6 +41,12 @@ class RunningStatistics(nn.Module):
         self.register_buffer("var", th.ones(n_features))
         self.register_buffer("count", th.zeros(()))
 
+    def reset(self) -> None:
+        """Forget all that was seen."""
+        self.mean.zero_()
+        self.var.fill_(1.0)
+        self.count.zero_()
+
     @th.no_grad()
     def update(self, x: th.Tensor) -> None:
         """

@@ -20,6 +20,7 @@ from sb3_flow.common.flow import check_choice
 from sb3_flow.common.surrogates import surrogate_objective
 from sb3_flow.dppo.buffers import ChainDictRolloutBuffer, ChainRolloutBuffer
 from sb3_flow.dppo.policies import CnnPolicy, DPPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_flow.offline.datasets import Dataset
 from sb3_flow.on_policy.algorithm import ClipRanges, FlowOnPolicyAlgorithm, select, select_observations
 
 SelfDPPO = TypeVar("SelfDPPO", bound="DPPO")
@@ -121,6 +122,14 @@ class DPPO(FlowOnPolicyAlgorithm):
     :param target_kl: Limit the KL divergence between updates, because the clipping is not enough to prevent large update
         see issue #213 (cf https://github.com/hill-a/stable-baselines/issues/213)
         By default, there is no limit on the kl div.
+    :param critic_learning_rate: The learning rate of the value function, if it is not that of the actor. It can be a function
+        of the current progress remaining (from 1 to 0). The gradients of the two are then clipped separately. (A features
+        extractor that they share is the actor's.)
+    :param critic_warmup: Number of first iterations (a rollout and its epochs) in which only the value function learns, for an
+        actor that is good already
+    :param dataset: What :meth:`learn` clones first, see :meth:`pretrain`
+    :param dataset_kwargs: Keyword arguments of ``OfflineAlgorithm.set_dataset``
+    :param pretrain_steps: Number of gradient steps on the dataset that :meth:`learn` starts with, see :meth:`pretrain`
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -167,6 +176,11 @@ class DPPO(FlowOnPolicyAlgorithm):
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         target_kl: float | None = None,
+        critic_learning_rate: float | Schedule | None = None,
+        critic_warmup: int = 0,
+        dataset: Dataset | list[Dataset] | None = None,
+        dataset_kwargs: dict[str, Any] | None = None,
+        pretrain_steps: int = 0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -195,6 +209,11 @@ class DPPO(FlowOnPolicyAlgorithm):
             rollout_buffer_class,
             rollout_buffer_kwargs,
             target_kl,
+            critic_learning_rate,
+            critic_warmup,
+            dataset,
+            dataset_kwargs,
+            pretrain_steps,
             stats_window_size,
             tensorboard_log,
             policy_kwargs,

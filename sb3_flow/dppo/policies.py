@@ -10,6 +10,7 @@ from sb3_flow.common.checks import FINITE_POSITIVE, to_float
 from sb3_flow.common.flow import sampler_grid
 from sb3_flow.common.networks import FlowNetwork
 from sb3_flow.common.normalization import NormalizedCombinedExtractor, NormalizedFlattenExtractor
+from sb3_flow.offline.policies import OfflinePolicy
 from sb3_flow.on_policy.policies import FlowActorCriticPolicy
 
 
@@ -49,6 +50,8 @@ class DPPOPolicy(FlowActorCriticPolicy):
     :param noise_std: Standard deviation of the noise of each step, the last one too, of raw actions
     :param output_scale: Factor on the output of the flow network
     :param normalize_values: Whether the value network learns values that are normalized by the returns (PopArt)
+    :param timestep_embedding_dim: Number of features of the timestep, sines and cosines (authors' code), or 0 for the timestep
+        itself
     :raises ValueError: if an argument has no meaning for a flow policy or is out of its range
     """
 
@@ -73,6 +76,7 @@ class DPPOPolicy(FlowActorCriticPolicy):
         noise_std: float = 0.4,
         output_scale: float = 4.0,
         normalize_values: bool = True,
+        timestep_embedding_dim: int = 8,
     ):
         self.noise_std = to_float("noise_std", noise_std, FINITE_POSITIVE)
         # Arguments of the constructor that set_sampler() has changed
@@ -96,6 +100,7 @@ class DPPOPolicy(FlowActorCriticPolicy):
             n_flow_steps,
             output_scale=output_scale,
             normalize_values=normalize_values,
+            timestep_embedding_dim=timestep_embedding_dim,
         )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -113,6 +118,12 @@ class DPPOPolicy(FlowActorCriticPolicy):
         """
         self.noise_std = to_float("noise_std", noise_std, FINITE_POSITIVE)
         self.changed_sampler = dict(noise_std=self.noise_std)
+
+    @classmethod
+    def arguments_of_clone(cls, clone: OfflinePolicy) -> dict[str, Any]:
+        if clone.sampler != "euler":
+            raise ValueError(f'`clone` must have the sampler "euler", as DPPO does, it has "{clone.sampler}"')
+        return super().arguments_of_clone(clone)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         raise NotImplementedError("Only the likelihood of the steps of a chain is known: see evaluate_chains()")

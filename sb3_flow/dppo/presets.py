@@ -74,5 +74,15 @@ FPO_PAPER: dict[str, Any] = dict(
     ),
 )
 
+#: For an actor that is a clone, see :meth:`DPPO.pretrain` and :meth:`DPPO.from_flow_bc`: the critic learns first, at a rate of
+#: its own, the trust region is small, and so is the noise that the clone does not have by itself.
+FINE_TUNE: dict[str, Any] = dict(
+    learning_rate=2e-4,
+    critic_learning_rate=5e-4,
+    critic_warmup=5,
+    clip_range=0.1,
+    policy_kwargs=dict(share_features_extractor=False, noise_std=0.1),
+)
+
 #: By the names that YAML files and the command line have for them
-PRESETS = {"paper": PAPER, "fpo-paper": FPO_PAPER}
+PRESETS = {"paper": PAPER, "fpo-paper": FPO_PAPER, "fine-tune": FINE_TUNE}

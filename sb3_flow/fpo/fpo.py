@@ -43,6 +43,7 @@ from sb3_flow.common.flow import (
 )
 from sb3_flow.common.surrogates import RATIO_TYPES, TRUST_REGIONS, flow_ratio, surrogate_objective
 from sb3_flow.fpo.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
+from sb3_flow.offline.datasets import Dataset
 from sb3_flow.on_policy.algorithm import ClipRanges, FlowOnPolicyAlgorithm, not_finite, select, select_observations
 
 SelfFPO = TypeVar("SelfFPO", bound="FPO")
@@ -155,6 +156,14 @@ class FPO(FlowOnPolicyAlgorithm):
     :param target_kl: Limit the pseudo-KL divergence between updates: the mean squared difference between the
         noise that the old and the current policy predict (FPO++).
         By default, there is no limit.
+    :param critic_learning_rate: The learning rate of the value function, if it is not that of the actor. It can be a function
+        of the current progress remaining (from 1 to 0). The gradients of the two are then clipped separately. (A features
+        extractor that they share is the actor's.)
+    :param critic_warmup: Number of first iterations (a rollout and its epochs) in which only the value function learns, for an
+        actor that is good already
+    :param dataset: What :meth:`learn` clones first, see :meth:`pretrain`
+    :param dataset_kwargs: Keyword arguments of ``OfflineAlgorithm.set_dataset``
+    :param pretrain_steps: Number of gradient steps on the dataset that :meth:`learn` starts with, see :meth:`pretrain`
     :param compile: On CUDA, run each forward pass of a rollout, and each update, as one captured graph: the same numbers, but
         for rounding. What cannot be captured (``target_kl``, networks and optimizers of your own, ...) runs as without it,
         with a warning that names it. On a CPU there are no graphs. It makes no difference to what is saved.
@@ -209,6 +218,11 @@ class FPO(FlowOnPolicyAlgorithm):
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         target_kl: float | None = None,
+        critic_learning_rate: float | Schedule | None = None,
+        critic_warmup: int = 0,
+        dataset: Dataset | list[Dataset] | None = None,
+        dataset_kwargs: dict[str, Any] | None = None,
+        pretrain_steps: int = 0,
         compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -237,6 +251,11 @@ class FPO(FlowOnPolicyAlgorithm):
             rollout_buffer_class,
             rollout_buffer_kwargs,
             target_kl,
+            critic_learning_rate,
+            critic_warmup,
+            dataset,
+            dataset_kwargs,
+            pretrain_steps,
             stats_window_size,
             tensorboard_log,
             policy_kwargs,
@@ -255,7 +274,6 @@ class FPO(FlowOnPolicyAlgorithm):
         self.log_ratio_clip = log_ratio_clip
         self.ema_decay = ema_decay
         self.ema_start = ema_start
-        self._n_iterations = 0
         self.compile = compile
         self._graphs = Graphs()
         # (rl-zoo3 loads models that will not train with a clip range of zero)
@@ -474,7 +492,6 @@ class FPO(FlowOnPolicyAlgorithm):
         super()._end_iteration(observations)
         if self.policy.ema is not None:
             self.policy.update_ema(restart=self._n_iterations < self.ema_start)
-        self._n_iterations += 1
 
     def _captured_updates(self, rollout: FlowRollout, old: OldPolicy, clip_ranges: ClipRanges) -> "CapturedUpdates | None":
         """
@@ -508,6 +525,8 @@ class FPO(FlowOnPolicyAlgorithm):
             return f"{type(self).__name__} is an algorithm of its own"
         if self.target_kl is not None:
             return "`target_kl` is decided between the gradient and the step"
+        if self.critic_learning_rate is not None:
+            return "`critic_learning_rate` is that of a part of the policy"
         if type(self.policy) not in self.policy_aliases.values():
             return f"{type(self.policy).__name__} is a policy of its own"
         return find_obstacle(self.policy, [type(self.policy), AveragedModel], self.policy.optimizer)

@@ -28,6 +28,7 @@ from sb3_flow.common.likelihood import log_likelihood, noisy_log_likelihood
 from sb3_flow.common.networks import FlowNetwork
 from sb3_flow.common.normalization import NormalizedCombinedExtractor, NormalizedFlattenExtractor, RunningStatistics
 from sb3_flow.common.samplers import check_sampler
+from sb3_flow.offline.policies import OfflinePolicy
 from sb3_flow.on_policy.policies import FlowActorCriticPolicy
 
 
@@ -81,6 +82,8 @@ class FlowPolicy(FlowActorCriticPolicy):
     :param ema_decay: Decay of the exponential moving average of the actor that predicts, see :class:`FPO`.
         No average is kept if None.
     :param normalize_values: Whether the value network learns values that are normalized by the returns (PopArt)
+    :param timestep_embedding_dim: Number of features of the timestep, sines and cosines (authors' code), or 0 for the timestep
+        itself
     :raises ValueError: if an argument has no meaning for a flow policy or is out of its range
     """
 
@@ -110,6 +113,7 @@ class FlowPolicy(FlowActorCriticPolicy):
         action_perturbation_std: float = 0.1,
         ema_decay: float | None = None,
         normalize_values: bool = True,
+        timestep_embedding_dim: int = 8,
     ):
         check_sampler(sampler, n_flow_steps, sampler_sigma)
         self.sampler = sampler
@@ -142,6 +146,7 @@ class FlowPolicy(FlowActorCriticPolicy):
             output_scale,
             skip_connection,
             normalize_values,
+            timestep_embedding_dim,
         )
         self.ema_decay: float | None = None
         self.ema: AveragedModel | None = None
@@ -235,6 +240,16 @@ class FlowPolicy(FlowActorCriticPolicy):
         for average, module in zip(self.ema.module.modules(), actor.modules(), strict=True):
             if isinstance(average, RunningStatistics):
                 average.load_state_dict(module.state_dict())
+
+    def load_actor(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_actor(state_dict)
+        if self.ema is not None:
+            self.update_ema(restart=True)
+
+    @classmethod
+    def arguments_of_clone(cls, clone: OfflinePolicy) -> dict[str, Any]:
+        of_flow = dict(prediction_type="velocity", skip_connection=False, sampler=clone.sampler)
+        return super().arguments_of_clone(clone) | of_flow
 
     def _check_average(self) -> None:
         if _structure(self._actor()) != self._averaged:
@@ -384,17 +399,6 @@ class FlowPolicy(FlowActorCriticPolicy):
         """
         latent_pi, values = self._latent_pi_and_values(obs)
         return values, self._flow_output(latent_pi, x_t, timesteps)
-
-    def flow_output(self, obs: PyTorchObs, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
-        """
-        The second part of :meth:`evaluate_flow` by itself.
-
-        :param obs: Observation
-        :param x_t: (batch, ..., action_dim)
-        :param timesteps: (batch, ...), or what broadcasts to it
-        :return: output of the flow network, (batch, ..., action_dim)
-        """
-        return self._flow_output(self._latent_pi(obs, self._actor()), x_t, timesteps)
 
     def log_squashing(self, actions: th.Tensor) -> th.Tensor:
         """

@@ -93,5 +93,15 @@ FPO_PLUS_PLUS: dict[str, Any] = dict(
     ),
 )
 
+#: For an actor that is a clone, see :meth:`FPO.pretrain` and :meth:`FPO.from_flow_bc`: the critic learns first, at a rate of
+#: its own, the trust region is small, and so is the noise that the clone does not have by itself.
+FINE_TUNE: dict[str, Any] = dict(
+    learning_rate=2e-4,
+    critic_learning_rate=5e-4,
+    critic_warmup=5,
+    clip_range=0.1,
+    policy_kwargs=dict(share_features_extractor=False, action_perturbation_std=0.05),
+)
+
 #: By the names that YAML files and the command line have for them
-PRESETS = {"paper": PAPER, "fpo++": FPO_PLUS_PLUS}
+PRESETS = {"paper": PAPER, "fpo++": FPO_PLUS_PLUS, "fine-tune": FINE_TUNE}

@@ -113,8 +113,7 @@ class OfflineBuffer:
         else:
             last = rows
             columns = self.dones[rows].unsqueeze(1), self._rewards(rows, env).unsqueeze(1), None
-        previous = self._previous_rows(rows)
-        observations = map_arrays(lambda obs: self._stack(obs, previous, obs[rows]), self.observations)
+        observations = self._observations_of(rows)
         # Those before the next observation are the latest observations
         previous = [last, *self._previous_rows(last)][: self.n_stack - 1]
         next_observations = map_arrays(
@@ -126,6 +125,27 @@ class OfflineBuffer:
         cls = ChunkSamples if self.chunk_size > 1 else cls
         samples = (observations, self.actions[taken].flatten(1), next_observations, *columns)
         return cls(*(part if part is None else map_arrays(lambda x: x.to(self.device), part) for part in samples))
+
+    def observations_of(self, rows: th.Tensor, env: VecNormalize | None = None) -> PyTorchObs:
+        """
+        Observations as they are sampled.
+
+        :param rows: Numbers of transitions
+        :param env: VecNormalize to normalize them with
+        :return: (n, ...), on the device of the samples
+        """
+        observations = self._observations_of(rows)
+        observations = observations if env is None else self._normalize(observations, env)
+        return map_arrays(lambda obs: obs.to(self.device), observations)
+
+    def _observations_of(self, rows: th.Tensor) -> PyTorchObs:
+        previous = self._previous_rows(rows)
+        return map_arrays(lambda obs: self._stack(obs, previous, obs[rows]), self.observations)
+
+    @property
+    def sampled_rows(self) -> th.Tensor:
+        """Numbers of the transitions that are sampled."""
+        return th.arange(len(self.actions), device=self.storage_device) if self.rows is None else self.rows
 
     def _previous_rows(self, rows: th.Tensor) -> list[th.Tensor]:
         """The rows before, the nearest first, as many as are stacked. Negative before the start of an episode."""
@@ -174,7 +194,7 @@ class OfflineBuffer:
         """
         if not env.training or env.ret_rms.count >= 1:
             return
-        sampled = th.arange(len(self.actions), device=self.storage_device) if self.rows is None else self.rows
+        sampled = self.sampled_rows
         if env.norm_obs:
             statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {None: env.obs_rms}
             for key, running in statistics.items():

@@ -5,7 +5,7 @@ import pathlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -23,10 +23,15 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
 from sb3_flow import distributed
-from sb3_flow.common.checks import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, check_floats, to_bool, to_float, to_int
+from sb3_flow.common.checks import DECAY, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, check_floats, to_bool, to_float, to_int
 from sb3_flow.common.distributed_algorithm import DistributedOnPolicyAlgorithm, learns_together
 from sb3_flow.common.save_load import CheckedLoad
-from sb3_flow.on_policy.policies import FlowActorCriticPolicy
+from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL
+from sb3_flow.offline.datasets import Dataset, dataset_name
+from sb3_flow.on_policy.policies import DEFAULT_NET_ARCH, FlowActorCriticPolicy
+
+if TYPE_CHECKING:
+    from sb3_flow.flow_bc import FlowBC
 
 SelfFlowOnPolicyAlgorithm = TypeVar("SelfFlowOnPolicyAlgorithm", bound="FlowOnPolicyAlgorithm")
 
@@ -34,9 +39,10 @@ SelfFlowOnPolicyAlgorithm = TypeVar("SelfFlowOnPolicyAlgorithm", bound="FlowOnPo
 FLOATS = dict(
     learning_rate=NOT_NEGATIVE, gamma=FRACTION, gae_lambda=FRACTION, clip_range=NOT_NEGATIVE, clip_range_vf=POSITIVE,
     ent_coef=FINITE, vf_coef=NOT_NEGATIVE, max_grad_norm=POSITIVE, bounds_loss_coef=NOT_NEGATIVE, target_kl=POSITIVE,
+    critic_learning_rate=NOT_NEGATIVE,
 )  # fmt: skip
-OPTIONAL = ("clip_range_vf", "max_grad_norm", "target_kl")
-SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
+OPTIONAL = ("clip_range_vf", "max_grad_norm", "target_kl", "critic_learning_rate")
+SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "critic_learning_rate")
 
 
 class ClipRanges(NamedTuple):
@@ -88,6 +94,14 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
     :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected.
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param target_kl: Limit the KL divergence between updates. If None, there is no limit.
+    :param critic_learning_rate: The learning rate of the value function, if it is not that of the actor. It can be a function
+        of the current progress remaining (from 1 to 0). The gradients of the two are then clipped separately. (A features
+        extractor that they share is the actor's.)
+    :param critic_warmup: Number of first iterations (a rollout and its epochs) in which only the value function learns, for an
+        actor that is good already
+    :param dataset: What :meth:`learn` clones first, see :meth:`pretrain`
+    :param dataset_kwargs: Keyword arguments of ``OfflineAlgorithm.set_dataset``
+    :param pretrain_steps: Number of gradient steps on the dataset that :meth:`learn` starts with, see :meth:`pretrain`
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -122,6 +136,11 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         rollout_buffer_class: type[RolloutBuffer] | None,
         rollout_buffer_kwargs: dict[str, Any] | None,
         target_kl: float | None,
+        critic_learning_rate: float | Schedule | None,
+        critic_warmup: int,
+        dataset: Dataset | list[Dataset] | None,
+        dataset_kwargs: dict[str, Any] | None,
+        pretrain_steps: int,
         stats_window_size: int,
         tensorboard_log: str | None,
         policy_kwargs: dict[str, Any] | None,
@@ -129,6 +148,9 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         seed: int | None,
         device: th.device | str,
     ):
+        for name, value in dict(pretrain_steps=pretrain_steps, dataset_kwargs=dataset_kwargs).items():
+            if value and dataset is None:
+                raise ValueError(f"`{name}` needs a `dataset`")
         super().__init__(
             # (not the policies that the parent names, and a gradient that is not clipped)
             policy,  # type: ignore[arg-type]
@@ -160,12 +182,22 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.bounds_loss_coef = bounds_loss_coef
         self.target_kl = target_kl
+        self.critic_learning_rate = critic_learning_rate
+        self.critic_warmup = critic_warmup
+        #: Name of the dataset, to load it again, or its arrays, which are not saved
+        self.dataset: Any = dataset
+        self.dataset_kwargs = dataset_kwargs or {}
+        self.pretrain_steps = pretrain_steps
+        self._n_pretrain_updates = 0
+        self._n_iterations = 0
         # Not checked with the others: rl-zoo3 loads models that will not train with one of zero
         to_float("clip_range", clip_range(1.0) if callable(clip_range) else clip_range, POSITIVE)
 
     def _check_arguments(self) -> None:
         for name in ("n_steps", "batch_size", "n_epochs"):
             setattr(self, name, to_int(name, getattr(self, name), at_least=1))
+        for name in ("critic_warmup", "pretrain_steps"):
+            setattr(self, name, to_int(name, getattr(self, name), at_least=0))
         if isinstance(self.clip_range_vf, (float, int)):
             # The error of SB3's PPO
             assert not self.clip_range_vf <= 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
@@ -207,6 +239,9 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+        if self.critic_learning_rate is not None:
+            self.critic_learning_rate = FloatSchedule(self.critic_learning_rate)
+            self.policy.separate_critic()
 
     def save(
         self,
@@ -225,10 +260,22 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.policy_kwargs = self.policy_kwargs | self.policy.changed_sampler
         super().save(path, exclude, include)
 
+    def _excluded_save_params(self) -> list[str]:
+        # Arrays are not saved
+        return [*super()._excluded_save_params(), *(["dataset"] if dataset_name(self.dataset) is None else [])]
+
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may go beyond the end: a learning rate that decreases to zero must not become negative
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        if self.critic_learning_rate is not None:
+            # (a function by now, which mypy does not see)
+            learning_rate = self.critic_learning_rate(self._current_progress_remaining)  # type: ignore[operator]
+            self.policy.optimizer.param_groups[1]["lr"] = learning_rate
+            self.logger.record("train/critic_learning_rate", learning_rate)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = "FlowPolicy") -> None:
         super()._maybe_recommend_cpu(mlp_class_name)
@@ -256,6 +303,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
 
         # What follows once per iteration
         self._end_iteration(rollout.observations)
+        self._n_iterations += 1
 
         # Logs
         for name, value in self._statistics(epochs).items():
@@ -272,7 +320,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         :param clip_ranges: Sizes of the trust regions
         :return: what is logged of each minibatch of each epoch
         """
-        updates = self._captured_updates(rollout, old, clip_ranges)
+        updates = None if self._only_critic else self._captured_updates(rollout, old, clip_ranges)
         epochs: list[list[dict[str, th.Tensor]]] = []
         for epoch in range(self.n_epochs):
             epochs.append([])
@@ -341,7 +389,14 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         """
         :param observations: Those of the rollout
         """
-        self.policy.update_normalization(observations)
+        # A clone goes on with the statistics of its dataset
+        if self._n_pretrain_updates == 0:
+            self.policy.update_normalization(observations)
+
+    @property
+    def _only_critic(self) -> bool:
+        """Whether the actor waits for its critic."""
+        return self._n_iterations < self.critic_warmup
 
     def _value_loss(self, values: th.Tensor, batch: Any, clip_range_vf: float | th.Tensor | None) -> th.Tensor:
         """
@@ -379,10 +434,17 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         """
         self.policy.optimizer.zero_grad()
         loss.backward()
+        if self._only_critic:
+            for parameter in self.policy.actor_parameters():
+                parameter.grad = None
         distributed.average_gradients(self.policy.parameters())
         # Clip grad norm
         max_grad_norm = np.inf if self.max_grad_norm is None else self.max_grad_norm
-        return th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
+        if self.critic_learning_rate is None:
+            return th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
+        groups = [group["params"] for group in self.policy.optimizer.param_groups]
+        norms = [th.nn.utils.clip_grad_norm_(parameters, max_grad_norm) for parameters in groups]
+        return th.stack([norm.to(self.device) for norm in norms]).norm()
 
     def _statistics(self, epochs: list[list[dict[str, th.Tensor]]]) -> dict[str, float]:
         """
@@ -441,7 +503,120 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
     def _shuffled_minibatches(self, n_transitions: int) -> Iterator[th.Tensor]:
         return iter(th.randperm(n_transitions, device=self.device).split(distributed.share("batch_size", self.batch_size)))
 
-    @learns_together
+    def pretrain(
+        self: SelfFlowOnPolicyAlgorithm,
+        dataset: Dataset | list[Dataset] | None = None,
+        gradient_steps: int = 50_000,
+        learning_rate: float | Schedule = 1e-3,
+        batch_size: int = 256,
+        ema_decay: float = 0.995,
+        dataset_kwargs: dict[str, Any] | None = None,
+        callback: MaybeCallback = None,
+        log_interval: int | None = OFFLINE_LOG_INTERVAL,
+        tb_log_name: str = "pretrain",
+        progress_bar: bool = False,
+    ) -> SelfFlowOnPolicyAlgorithm:
+        """
+        Clone the behavior of a dataset with the actor, by flow matching (as :class:`~sb3_flow.flow_bc.FlowBC` does).
+        Observations and actions are enough. In the end, also of an interrupted one, the actor is an exponential moving average
+        of its weights, and from then on observations are normalized by the statistics of the dataset.
+
+        :param dataset: What to clone, see :func:`sb3_flow.offline.datasets.load_dataset`. That of the constructor if None
+        :param gradient_steps: Number of gradient steps
+        :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
+        :param batch_size: Minibatch size for each gradient step (of all processes together)
+        :param ema_decay: Decay of the average, for one gradient step
+        :param dataset_kwargs: Keyword arguments of ``OfflineAlgorithm.set_dataset``: what to hold out for validation, ...
+            Those of the constructor if the dataset is that of the constructor
+        :param callback: callback(s) called at every gradient step. To them the model is the clone: what they evaluate is the
+            average, and what they save is a model of this algorithm
+        :param log_interval: The number of gradient steps before logging
+        :param tb_log_name: the name of the run for TensorBoard logging
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the model, with the clone as its actor
+        :raises ValueError: if there is no dataset, or it does not fit the spaces of the environment, naming the field and the
+            row, or an argument is out of its range
+        """
+        # Datasets are for those who have one
+        from sb3_flow.on_policy.pretraining import ActorCloning
+
+        if dataset is None:
+            dataset, dataset_kwargs = self.dataset, self.dataset_kwargs | (dataset_kwargs or {})
+        if dataset is None:
+            raise ValueError("There is no dataset: pass `dataset`")
+        if self.env is None:
+            raise ValueError("There is no environment: pass `env` to `load()`, or call `set_env()`")
+        cloning = ActorCloning(
+            self,
+            to_float("ema_decay", ema_decay, DECAY),
+            dataset=dataset,
+            dataset_kwargs=dataset_kwargs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            tensorboard_log=self.tensorboard_log,
+            verbose=self.verbose,
+            device=self.device,
+        )
+        if self._custom_logger:
+            cloning.set_logger(self.logger)
+        try:
+            cloning.learn_offline(gradient_steps, callback, log_interval, tb_log_name, progress_bar=progress_bar)
+        finally:
+            # (Ctrl-C, or a callback that stops it)
+            if cloning._n_offline_updates > 0:
+                self.policy.load_actor(cloning.policy.average.module.state_dict())
+                self._n_pretrain_updates += cloning._n_offline_updates
+        return self
+
+    @classmethod
+    def from_flow_bc(
+        cls: type[SelfFlowOnPolicyAlgorithm],
+        clone: "FlowBC",
+        env: GymEnv | str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SelfFlowOnPolicyAlgorithm:
+        """
+        A new model with the flow of a :class:`~sb3_flow.flow_bc.FlowBC` as its actor: both predict the same.
+
+        :param clone: The model that has cloned a dataset
+        :param env: The environment to learn from, that of the clone if None
+        :param policy_kwargs: Arguments of the policy, but for those of the flow network, which are the clone's:
+            ``net_arch=dict(vf=[...])`` is the value network's
+        :param kwargs: Further ones of the constructor
+        :return: the model
+        :raises ValueError: if the clone acts in chunks, has a policy of its own, or an argument is not the clone's
+        """
+        aliases = {policy_class: name for name, policy_class in clone.policy_aliases.items()}
+        if type(clone.policy) not in aliases:
+            raise ValueError(f"`clone` must have one of FlowBC's policies, it has a {type(clone.policy).__name__}")
+        if clone.chunk_size > 1:
+            raise ValueError(f"`clone` must have a `chunk_size` of 1, it is {clone.chunk_size}")
+        env = clone.get_env() if env is None else env
+        if env is None:
+            raise ValueError("There is no environment: pass `env`")
+        alias = aliases[type(clone.policy)]
+        # (the policies of subclasses are flow policies, which mypy does not see)
+        policy_class: Any = cls.policy_aliases[alias]
+        given, of_clone = policy_kwargs or {}, policy_class.arguments_of_clone(clone.policy)
+        net_arch = given.get("net_arch", {})
+        net_arch = net_arch if isinstance(net_arch, dict) else dict(pi=net_arch, vf=net_arch)
+        flow_arch = clone.policy.bc_flow.net_arch
+        for name, value, wanted in [
+            ("net_arch", net_arch.get("pi", flow_arch), flow_arch),
+            *((name, given.get(name, wanted), wanted) for name, wanted in of_clone.items()),
+        ]:
+            if value != wanted:
+                raise ValueError(f"`policy_kwargs`: `{name}` must be the clone's, {wanted}, it is {value}")
+        policy_kwargs = {**given, **of_clone, "net_arch": {**DEFAULT_NET_ARCH, **net_arch, "pi": flow_arch}}
+        model = cls(alias, env, policy_kwargs=policy_kwargs, **kwargs)
+        flow = clone.policy.bc_flow
+        model.policy.action_net.load_state_dict(flow.network.state_dict())
+        model.policy.pi_features_extractor.load_state_dict(flow.features_extractor.state_dict())
+        model.policy.load_actor(model.policy._actor().state_dict())
+        model._n_pretrain_updates = clone._n_offline_updates
+        return model
+
     def learn(
         self: SelfFlowOnPolicyAlgorithm,
         total_timesteps: int,
@@ -451,14 +626,26 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfFlowOnPolicyAlgorithm:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        """
+        Return a trained model: one that learns from rewards, after what remains of the ``pretrain_steps``.
+
+        :param total_timesteps: The total number of samples (env steps) to train on
+        :param callback: callback(s) called at every step with state of the algorithm (not while it is pretrained).
+        :param log_interval: for on-policy algos (e.g., PPO, A2C, ...) this is the number of
+            training iterations (i.e., log_interval * n_steps * n_envs timesteps) before logging
+        :param tb_log_name: the name of the run when using TensorBoard logging
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        """
+        remaining = self.pretrain_steps - self._n_pretrain_updates
+        if remaining > 0:
+            self.pretrain(gradient_steps=remaining, tb_log_name=f"{tb_log_name}_pretrain", progress_bar=progress_bar)
+        return self._learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    @learns_together
+    def _learn(self: SelfFlowOnPolicyAlgorithm, total_timesteps: int, *args: Any) -> SelfFlowOnPolicyAlgorithm:
+        return super().learn(total_timesteps, *args)
 
 
 def not_finite(statistics: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -21,13 +22,16 @@ from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, is_plain, runs_in_place
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.normalization import (
+    EPSILON,
     NormalizedCombinedExtractor,
     NormalizedFlattenExtractor,
     RunningNormalization,
+    RunningStatistics,
     ValueNormalization,
 )
 from sb3_flow.common.optimizers import make_optimizer
 from sb3_flow.common.samplers import VelocityField
+from sb3_flow.offline.policies import OfflinePolicy
 
 #: How raw actions are brought into the bounds.
 SQUASH_TYPES = ("clip", "tanh")
@@ -75,6 +79,8 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
         distribution as it is
     :param normalize_values: Whether the value network learns values that are normalized by the returns (PopArt)
+    :param timestep_embedding_dim: Number of features of the timestep, sines and cosines (authors' code), or 0 for the timestep
+        itself
     :raises ValueError: if an argument has no meaning for a flow policy or is out of its range
     """
 
@@ -108,6 +114,7 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         output_scale: float = 4.0,
         skip_connection: bool = False,
         normalize_values: bool = True,
+        timestep_embedding_dim: int = 8,
     ):
         check_choice("squash_type", squash_type, SQUASH_TYPES)
         _check_action_space(action_space, squash_type)
@@ -122,6 +129,7 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         self.output_scale = to_float("output_scale", output_scale)
         self.skip_connection = to_bool("skip_connection", skip_connection)
         self.normalize_values = to_bool("normalize_values", normalize_values)
+        self.timestep_embedding_dim = to_int("timestep_embedding_dim", timestep_embedding_dim, at_least=0)
         self._memory = Memory()
 
         super().__init__(
@@ -172,6 +180,7 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             get_action_dim(self.action_space),
             net_arch.get("pi", []) if isinstance(net_arch, dict) else net_arch,
             self.activation_fn,
+            self.timestep_embedding_dim,
             output_scale=self.output_scale,
             skip_connection=self.skip_connection,
             prediction_type=self.prediction_type,
@@ -203,6 +212,7 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             output_scale=self.output_scale,
             skip_connection=self.skip_connection,
             normalize_values=self.normalize_values,
+            timestep_embedding_dim=self.timestep_embedding_dim,
         )
 
     def _check_action_net(self) -> None:
@@ -215,6 +225,46 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         features_extractor = self.features_extractor if self.share_features_extractor else self.pi_features_extractor
         extractors = [] if _passes_features(self.mlp_extractor) else [self.mlp_extractor]
         return nn.ModuleList([features_extractor, self.action_net, *extractors])
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """:return: what the actions depend on, with a features extractor that is shared"""
+        return [*self._actor().parameters()]
+
+    def load_actor(self, state_dict: Mapping[str, Any]) -> None:
+        """
+        Act as a clone does.
+
+        :param state_dict: Parameters and buffers of its actor
+        """
+        self._actor().load_state_dict(state_dict)
+
+    @classmethod
+    def arguments_of_clone(cls, clone: OfflinePolicy) -> dict[str, Any]:
+        """
+        :param clone: Policy whose flow clones a dataset
+        :return: arguments of a policy with the same flow network, but for ``net_arch``
+        """
+        return dict(
+            activation_fn=clone.activation_fn,
+            features_extractor_class=clone.features_extractor_class,
+            features_extractor_kwargs=clone.features_extractor_kwargs,
+            # What the value function learns does not change the actor
+            share_features_extractor=False,
+            normalize_images=clone.normalize_images,
+            squash_type="clip",
+            action_scale=1.0,
+            output_scale=1.0,
+            timestep_embedding_dim=0,
+            n_flow_steps=clone.n_flow_steps,
+        )
+
+    def separate_critic(self) -> None:
+        """Have two groups of parameters in the optimizer, which is new: those of the actor, and the others."""
+        (group,) = self.optimizer.param_groups
+        actor = {*self.actor_parameters()}
+        others = [parameter for parameter in group["params"] if parameter not in actor]
+        group["params"] = [parameter for parameter in group["params"] if parameter in actor]
+        self.optimizer.add_param_group({**group, "params": others})
 
     def _latent_pi_and_values(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -247,6 +297,22 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         for extractor in self._features_extractors():
             if isinstance(extractor, NORMALIZED):
                 extractor.update(preprocessed)
+
+    def fit_normalization(self, observations: Iterable[PyTorchObs]) -> None:
+        """
+        Normalize observations with the statistics of these only. What does not vary among them is not divided by anything.
+
+        :param observations: Batches of them
+        """
+        statistics = [
+            module for x in self._features_extractors() for module in x.modules() if isinstance(module, RunningStatistics)
+        ]
+        for module in statistics:
+            module.reset()
+        for batch in observations:
+            self.update_normalization(batch)
+        for module in statistics:
+            module.var[module.var < EPSILON] = 1.0
 
     def _features_extractors(self) -> list[BaseFeaturesExtractor]:
         if self.share_features_extractor:
@@ -364,6 +430,17 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
         with th.no_grad():
             action_net, features = self._predicting_actor(obs)
             return action_net.velocity_field(features, self.n_flow_steps)
+
+    def flow_output(self, obs: PyTorchObs, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """
+        Evaluate the flow network at points of the paths between noise and action.
+
+        :param obs: Observation
+        :param x_t: Any number of points for each observation, (batch, ..., action_dim)
+        :param timesteps: Their times, (batch, ...), or what broadcasts to it
+        :return: output of the flow network, (batch, ..., action_dim)
+        """
+        return self._flow_output(self._latent_pi(obs, self._actor()), x_t, timesteps)
 
     def _flow_output(self, latent_pi: th.Tensor, x_t: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         self._check_action_net()
