@@ -40,7 +40,7 @@ POLICIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_of_the_papers(name):
     model = make_model(presets.PRESETS[name])
     values = {key: getattr(model, key) for key in NUMBERS[name]}
