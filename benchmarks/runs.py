@@ -128,7 +128,19 @@ def has_result(file: Path, settings: dict[str, Any]) -> bool:
     :param settings: What it depends on today, and has beside its numbers
     :return: whether it is there, and of today
     """
-    return file.exists() and settings.items() <= json.loads(file.read_text()).items()
+    return file.exists() and _holds(settings, json.loads(file.read_text()))
+
+
+def _holds(settings: dict[str, Any], found: dict[str, Any]) -> bool:
+    def is_same(name: str, value: Any) -> bool:
+        if name == "settings":
+            return _holds(value, found[name])
+        if name == "defaults":
+            # What has become an argument since changes nothing where it is not given
+            return found[name].items() <= value.items()
+        return found[name] == value
+
+    return all(name in found and is_same(name, value) for name, value in settings.items())
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:

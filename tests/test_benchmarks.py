@@ -55,6 +55,22 @@ def test_run_is_done_once():
         assert not dmc.is_done("fpo", "Hopper", 0) and not dmc.is_current("fpo", "Hopper", 0)
 
 
+def test_what_a_result_depends_on(tmp_path):
+    """An argument that has come since changes nothing, one that was changed or removed does."""
+    file, defaults = tmp_path / "result.json", dict(gamma="0.99", tau="0.5")
+    for settings in (dict(defaults=defaults), dict(settings=dict(steps=3, defaults=defaults))):
+        runs.write_result(file, settings | dict(score=1.0))
+        assert runs.has_result(file, settings) and not runs.has_result(tmp_path / "another.json", settings)
+        for wanted, is_same in [
+            (defaults | dict(new="None"), True),
+            (defaults | dict(tau="0.1"), False),
+            (dict(gamma="0.99"), False),
+        ]:
+            inner = settings.get("settings", settings) | dict(defaults=wanted)
+            assert runs.has_result(file, dict(settings=inner) if "settings" in settings else inner) == is_same
+        assert not runs.has_result(file, settings | dict(hyperparameters={}))
+
+
 def test_what_is_planned():
     """Each run has hyperparameters, and what is not planned is not run."""
     for task in dmc.TASKS:
