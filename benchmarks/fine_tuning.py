@@ -1,11 +1,12 @@
 """
 A clone that learns from rewards: `python benchmarks/fine_tuning.py`
 
-Demonstrations are cloned with `pretrain()`, and the clone is fine-tuned with FPO and with DPPO (their presets.FINE_TUNE), beside
-FPO and SB3's PPO from nothing, with the same environments, rollouts, discount and number of steps. Each run is a process of its
-own with one thread, evaluated every 20,480 steps (20 episodes from zero noise, of PPO of the mean action, and 20 sampled). It
-leaves a JSON file in benchmarks/results/fine_tuning; runs whose file is there with today's settings are not repeated, so that an
-interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --arms, --seeds, --jobs).
+Demonstrations are cloned with `pretrain()`, and the clone is fine-tuned with FPO and with DPPO (their presets.FINE_TUNE),
+beside FPO and SB3's PPO from nothing, with the same environments, rollouts, discount and number of steps. Each run is a
+process of its own with one thread, evaluated every 20,480 steps (20 episodes from zero noise, of PPO of the mean action, and
+20 sampled). It leaves a JSON file in benchmarks/results/fine_tuning; runs whose file is there with today's settings are not
+repeated, so that an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks, --arms, --seeds,
+--jobs).
 
 Tasks:
   HalfCheetah   HalfCheetah-v5. 50 sampled episodes of a mediocre policy: FPO as its class comes, seed 1000, 163,840 steps
