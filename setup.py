@@ -8,6 +8,8 @@ extras = {
     # dm_control 1.0.50 does not load on mujoco 4
     "mujoco": ["gymnasium[mujoco]", "mujoco>=3.17,<4"],
     "dmc": ["shimmy[dm-control]>=2.0.1,<3", "dm_control<=1.0.50", "mujoco>=3.17,<4"],
+    # Motion capture: its clips come with `sb3-flow datasets mocap`
+    "tracking": ["dm_control<=1.0.50", "mujoco>=3.17,<4"],
     "box2d": ["gymnasium[box2d]"],
     # Elsewhere there is no wheel, or one that is too old, and everything else works
     "envpool": [

@@ -81,7 +81,9 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     ("plot-train -a fpo -f logs", ("required", "-e/--env")),
     ("all-plots -a fpo", ("required", "-e/--env", "-f/--exp-folders")),
     ("plot-from-file", ("required", "-i/--input")),
-    ("datasets", ("required", "action", "spec")),
+    ("datasets", ("required", "action")),
+    ("datasets info", ("argument spec", "expected the name of a dataset")),
+    ("datasets mocap here there", ("mocap takes a folder",)),
     # Algorithms and environments
     *((f"{command} --algo foo --env Pendulum-v1", ("argument --algo", "'foo'", "fpo"))
       for command in ("train", "optimize", "enjoy", "evaluate", "record-video", "plot-flow", "export")),
