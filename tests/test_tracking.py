@@ -167,8 +167,8 @@ def test_environment(path, monkeypatch, conditioning):
     env = gym.make(f"sb3_flow/HumanoidTracking{end}-v0")
     check_gymnasium(env.unwrapped, skip_render_check=True)
     check_sb3(env)
-    n_seen = dict(all=31, root_hands=3, root=1)[conditioning]
-    assert env.observation_space.shape == (271 + 15 * n_seen,) and env.action_space.shape == (56,)
+    n_seen = dict(all=31 * 15, root_hands=3 * 3, root=3)[conditioning]
+    assert env.observation_space.shape == (271 + n_seen,) and env.action_space.shape == (56,)
 
 
 def test_replay_has_no_error(path):
@@ -268,7 +268,7 @@ def test_where_it_looks_does_not_matter(tmp_path_factory, yaw, x, y):
 
 @pytest.mark.parametrize("conditioning, seen", [("all", range(31)), ("root_hands", None), ("root", [0])])
 def test_what_is_hidden(path, conditioning, seen):
-    """The observation depends on the reference of the bodies that are seen, and of no others, in each of its frames."""
+    """The observation depends on what is seen of the reference, and on nothing else of it, in each of its frames."""
     env = make_env(path, conditioning=conditioning, n_future=2)
     names = env.humanoid.body_names
     seen = [0, names.index("lhand"), names.index("rhand")] if seen is None else seen
@@ -281,7 +281,8 @@ def test_what_is_hidden(path, conditioning, seen):
                 changed[env._row(ahead), body] += 0.1
                 env.references = references._replace(bodies=references.bodies._replace(**{part: changed}))
                 after = env.reset(options=options)[0]
-                assert np.array_equal(before, after) == (body not in seen)
+                is_seen = body in seen and (conditioning == "all" or part == "positions")
+                assert np.array_equal(before, after) != is_seen
         env.references = references
 
 

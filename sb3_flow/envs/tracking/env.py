@@ -244,12 +244,13 @@ class HumanoidTrackingEnv(gym.Env):
 
     - **Observation**, in the frame of where the root looks: of the humanoid the height and rotation of the root, its velocity
       and angular velocity, the joints and their velocities, the positions of the bodies and the state of the actuators,
-      (271,); and for each body that is seen of the reference, in each of the next frames, how far its position, rotation (the
-      first two columns of its matrix), velocity and angular velocity are from those of the body now, (15,)
+      (271,); and for each body of the reference, in each of the next frames, how far its position, rotation (the first two
+      columns of its matrix), velocity and angular velocity are from those of the body now, (15,). Where only some bodies are
+      seen, their positions are, (3,)
     - **Action**: targets of the position actuators of the 56 joints, in [-1, 1]: their ranges
     - **Reward**: :math:`\\sum_k w_k e^{-c_k \\epsilon_k}` of the mean squared errors :math:`\\epsilon_k` of positions,
       rotations, velocities and angular velocities of all bodies, at most 1: that of PHC (https://arxiv.org/abs/2305.06456),
-      which FPO's experiment has
+      which FPO's experiment has, but for its cost of power
     - **Start**: at a random frame of a random clip (or ``reset(options=dict(clip="CMU_016_22", frame=0))``), in the state of
       the reference. Longer clips are chosen more often.
     - **End**: the episode terminates if the bodies are too far from the reference, on average, and is truncated at the end of
@@ -259,7 +260,8 @@ class HumanoidTrackingEnv(gym.Env):
     :param clips: "walk" for the 36 clips that ``sb3-flow datasets mocap`` gets, or names of some of them
     :param path: Another file of clips: of the same format, or dm_control's HDF5 of the clips of 2020. ``clips`` are then names
         of its clips, or "walk" for all
-    :param conditioning: Which bodies of the reference are seen: "all", "root_hands" or "root"
+    :param conditioning: What is seen of the reference: "all", or the positions of "root_hands" or of the "root", as in FPO's
+        experiment
     :param n_future: How many of the next frames are seen
     :param random_start: Whether episodes start at random frames, or all at the first frame of a clip
     :param max_error: Mean distance of the bodies from the reference at which an episode terminates, in meters
@@ -303,11 +305,13 @@ class HumanoidTrackingEnv(gym.Env):
         body_names = self.humanoid.body_names
         seen = dict(all=body_names, root_hands=("root", *HANDS), root=("root",))[conditioning]
         self.seen = np.array([body_names.index(name) for name in seen])
+        self.sees_positions_only = conditioning != "all"
         self.clip, self.frame, self.first_frame = 0, 0, 0
         self._renderer: Any = None
 
         n_observed = 1 + 6 + 6 + 2 * len(self.humanoid.joint_positions) + 3 * (len(body_names) - 1) + self.humanoid.model.na
-        self.observation_space = spaces.Box(-np.inf, np.inf, (n_observed + 15 * len(seen) * self.n_future,), np.float32)
+        n_observed += (3 if self.sees_positions_only else 15) * len(seen) * self.n_future
+        self.observation_space = spaces.Box(-np.inf, np.inf, (n_observed,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (self.humanoid.model.nu,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -387,8 +391,10 @@ class HumanoidTrackingEnv(gym.Env):
         for ahead in range(1, self.n_future + 1):
             row = self._row(ahead)
             then = Bodies(*(part[row, self.seen] for part in self.references.bodies))
+            parts.append((then.positions - now.positions) @ frame)
+            if self.sees_positions_only:
+                continue
             parts += [
-                (then.positions - now.positions) @ frame,
                 (frame.T @ (then.rotations @ now.rotations.swapaxes(-1, -2)) @ frame)[..., :2],
                 (then.velocities - now.velocities) @ frame,
                 (then.angular_velocities - now.angular_velocities) @ frame,
