@@ -295,6 +295,8 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
     (f"plot-flow {AGENT} -o flow.jpg", ("argument -o/--output", "flow.jpg", ".png")),
     (f"export {AGENT} -o not_there/policy.onnx", ("argument -o/--output", "not_there")),
     (f"export {AGENT} --format tflite", ("argument --format", "'tflite'", "onnx")),
+    (f"evaluate {AGENT} --env-kwargs max_episode_steps", ("argument --env-kwargs", "'max_episode_steps'", "KEY:VALUE")),
+    (f"evaluate {AGENT} --env-kwargs length:3", ("argument --env-kwargs", "length")),
     ("plot-gridworld -o grid.foo", ("argument -o/--output", "foo", "png")),
     ("all-plots -a fpo -e Pendulum-v1 -f logs -o not_there/res", ("argument -o/--output", "not_there")),
     ("plot-from-file -i res.pkl -o not_there/res.svg", ("argument -o/--output", "not_there")),

@@ -258,6 +258,12 @@ def test_env_kwargs_and_gym_packages(monkeypatch, capsys):
     sb3_flow_main(monkeypatch, *train, "-params", "n_envs:1", "n_steps:64", "batch_size:64", "n_epochs:1")
     sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", *mine, "-n", 1)
     assert json.loads(Path("logs/fpo/MyEnv-v0_1/evaluation.json").read_text())["mean_return"] == 1000.0
+    # Others, beside those of the training
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", *mine, "-n", 1, "--env-kwargs", "g:9.0")
+    result = json.loads(Path("logs/fpo/MyEnv-v0_1/evaluation.json").read_text())
+    assert result["mean_return"] == 1000.0 and result["env_kwargs"] == dict(g=9.0)
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", *mine, "-n", 1, "--env-kwargs", "scale:2.0")
+    assert json.loads(Path("logs/fpo/MyEnv-v0_1/evaluation.json").read_text())["mean_return"] == 400.0
     sb3_flow_main(monkeypatch, "enjoy", "--algo", "fpo", *mine, "--no-render", "-n", 200)
     assert "Episode Reward: 1000.00" in capsys.readouterr().out
 

@@ -98,6 +98,7 @@ def load_run(
     n_envs: int = 1,
     load_checkpoint: int | None = None,
     load_last_checkpoint: bool = False,
+    env_kwargs: dict[str, Any] | None = None,
 ) -> tuple[BaseAlgorithm, VecEnv, Path]:
     """
     The model of a run, and an environment such as it was trained in.
@@ -112,6 +113,7 @@ def load_run(
     :param n_envs: Number of environments side by side
     :param load_checkpoint: Number of timesteps of the checkpoint to load instead
     :param load_last_checkpoint: Whether to load the last checkpoint instead
+    :param env_kwargs: Arguments of the environment that are not those of the training
     :return: model, environment, with the statistics of ``VecNormalize`` if there are any, and path of the model
     :raises InputError: if there is no such run, or a file of it is damaged
     """
@@ -123,7 +125,7 @@ def load_run(
         print(f"{latest.path} is later than {saved.path}: sb3-flow train --resume {run.folder} goes on from there")
     hyperparams, stats_path = get_saved_hyperparams(str(run.folder / run.env_name), test_mode=True)
     # Those of the command line of the training come first, as they did there
-    env_kwargs = run.args["env_kwargs"] or hyperparams.pop("env_kwargs", {})
+    env_kwargs = {**(run.args["env_kwargs"] or hyperparams.pop("env_kwargs", {})), **(env_kwargs or {})}
     set_random_seed(seed)
     with user_input(f"environment of {model_path.parent}"):
         vec_env = create_test_env(
@@ -156,6 +158,7 @@ def evaluate(
     stochastic: bool | None = None,
     seed: int = 0,
     device: str = "auto",
+    env_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Evaluate the model of a run, and leave the result in ``evaluation.json`` in the folder of the run.
@@ -169,13 +172,14 @@ def evaluate(
     :param stochastic: Whether to sample the actions. None: as the authors of the algorithm do, with the offline ones
     :param seed: Seed of the environment and of the actions
     :param device: PyTorch device
+    :param env_kwargs: Arguments of the environment that are not those of the training
     :return: what is in evaluation.json: mean and standard deviation of the return, and how they were obtained
     :raises InputError: if there is no such run, or a file of it is damaged
     """
     if n_eval_episodes < 1:
         raise InputError(f"`n_eval_episodes` must be 1 or more, it is {n_eval_episodes}")
     stochastic = algo in EVALUATED_WITH_NOISE if stochastic is None else stochastic
-    model, vec_env, model_path = load_run(algo, env, folder, exp_id, load_best, seed, device)
+    model, vec_env, model_path = load_run(algo, env, folder, exp_id, load_best, seed, device, env_kwargs=env_kwargs)
     successes: list[bool] = []
 
     def collect_successes(locals_: dict[str, Any], _) -> None:
@@ -200,6 +204,7 @@ def evaluate(
         n_eval_episodes=n_eval_episodes,
         deterministic=not stochastic,
         seed=seed,
+        env_kwargs=env_kwargs,
         num_timesteps=model.num_timesteps,
         model=str(model_path),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from stable_baselines3.common.monitor import load_results
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
-from sb3_flow.zoo.arguments import device, folder, integer, new_folder, rl_zoo3_arguments, seed
+from sb3_flow.zoo.arguments import KeyValue, device, folder, integer, new_folder, rl_zoo3_arguments, seed
 from sb3_flow.zoo.commands.common import check_env, trained_agent_parser
 from sb3_flow.zoo.errors import InputError, user_input
 
@@ -105,6 +105,8 @@ def benchmark() -> None:
 
 def evaluate() -> None:
     """Evaluate a trained agent and draw its learning curve."""
+    from rl_zoo3.utils import StoreDict
+
     from sb3_flow.plotting.learning_curve import plot_learning_curve
     from sb3_flow.zoo.evaluate import evaluate as evaluate_run
     from sb3_flow.zoo.evaluate import find_model
@@ -118,8 +120,15 @@ def evaluate() -> None:
     noise.add_argument(
         "--deterministic", action="store_false", dest="stochastic", help="Use deterministic actions (default of the others)"
     )
+    parser.add_argument(
+        "--env-kwargs",
+        help="Arguments of the environment, beside those of the training",
+        nargs="+",
+        action=StoreDict,
+        type=KeyValue(),
+    )
     args = vars(parser.parse_args())
-    check_env(args["env"], args.pop("gym_packages"))
+    check_env(args["env"], args.pop("gym_packages"), env_kwargs=args["env_kwargs"])
     run_folder = find_model(args["algo"], args["env"], args["folder"], args["exp_id"], args["load_best"]).parent
     # What the learning curve is drawn of, before the result is written
     with user_input(f"logs of {run_folder}"):
