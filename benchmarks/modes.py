@@ -11,7 +11,7 @@ Tasks:
   multi-goal, multi-goal-8       shares of 2,000 sampled episodes that reach each goal, and returns (of 25 episodes to each of
                                  eight goals, the best mean would be that of chance)
   two_walls, three_goals, ...    layouts of GridWorld: episodes from each of its cells, from zero noise (PPO: of the mean
-                                 action) and sampled; in the saddle row of two_walls, 1000 samples of the action in each cell
+                                 action) and sampled; in the saddle row of two_walls, 10,000 samples of the action in each cell
 
 Algorithms:
   fpo   hyperparams/fpo.yml
@@ -106,7 +106,7 @@ def modes_of_gridworld(model: Any, layout: str) -> dict[str, Any]:
         modes[f"{name}_success_rate"] = float((cells[ends[:, 1], ends[:, 0]] == GOAL).mean())
         modes[f"{name}_mean_length"] = float(np.mean([len(positions) - 1 for positions in episodes]))
     if layout == "two_walls":
-        modes |= dict(saddle_row=saddle_line(model).tolist(), saddle=multimodality(model))
+        modes |= dict(saddle_row=saddle_line(model, n_samples=10_000).tolist(), saddle=multimodality(model))
     return modes
 
 
