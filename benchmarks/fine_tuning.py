@@ -24,6 +24,7 @@ import numpy as np
 from runs import ROOT, class_defaults, do_runs, has_result, provenance, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "fine_tuning"
+FIGURE = ROOT / "docs" / "_static" / "fine_tuning.png"
 STEPS = 307_200
 EVAL_FREQ, N_EVAL_EPISODES = 20_480, 20
 PRETRAIN_STEPS = 20_000
@@ -84,7 +85,7 @@ def demonstrations(task: str, logs: Path) -> Path:
     return file
 
 
-def record(env: Any, act: Any, n_episodes: int) -> dict[str, np.ndarray]:
+def record(env: Any, act: Any, n_episodes: int) -> dict[str, Any]:
     """Episodes of a function from an observation to an action, as a dataset."""
     columns: dict[str, list[Any]] = {
         name: [] for name in ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
@@ -102,7 +103,7 @@ def record(env: Any, act: Any, n_episodes: int) -> dict[str, np.ndarray]:
     return {name: np.array(column) for name, column in columns.items()}
 
 
-def record_cheetah(n_episodes: int) -> dict[str, np.ndarray]:
+def record_cheetah(n_episodes: int) -> dict[str, Any]:
     import gymnasium as gym
 
     from sb3_flow import FPO
@@ -111,7 +112,7 @@ def record_cheetah(n_episodes: int) -> dict[str, np.ndarray]:
     return record(gym.make("HalfCheetah-v5"), lambda obs: model.predict(obs, deterministic=False)[0], n_episodes)
 
 
-def record_pointmaze(n_episodes: int) -> dict[str, np.ndarray]:
+def record_pointmaze(n_episodes: int) -> dict[str, Any]:
     import gymnasium as gym
 
     import sb3_flow  # noqa: F401 (registers the environments)
@@ -198,9 +199,36 @@ def print_table() -> None:
     write_table(RESULTS.with_suffix(".csv"), header, rows)
 
 
+def draw() -> None:
+    """Learning curves, mean and range over seeds, from the score of the clone on."""
+    from sb3_flow.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
+
+    colors = dict(zip(ARMS, (BLUE, GREEN, ORANGE, GREY), strict=True))
+    figure = new_figure(figsize=(9.0, 3.4))
+    for axis, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        key = "deterministic"
+        for arm in ARMS:
+            results = load(arm, task)
+            if not results:
+                continue
+            key = "deterministic_success" if "deterministic_success" in results[0]["curve"][0] else "deterministic"
+            steps = np.array([row["timesteps"] for row in results[0]["curve"]]) / 1000
+            scores = np.array([[row[key] for row in result["curve"]] for result in results])
+            axis.plot(steps, scores.mean(axis=0), color=colors[arm], label=arm)
+            axis.fill_between(steps, scores.min(axis=0), scores.max(axis=0), color=colors[arm], alpha=0.2, linewidth=0)
+            if "fine-tuned" in arm:
+                axis.axhline(scores[:, 0].mean(), color=colors[arm], linestyle=":")
+        axis.set(title=task, xlabel="thousand steps", ylabel="success" if "success" in key else "return")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(FIGURE)
+    print(FIGURE)
+
+
 def main() -> None:
-    do_runs(__file__, __doc__, ("arms", ARMS), TASKS, SEEDS, run, result_file, is_done)
+    args = do_runs(__file__, __doc__, ("arms", ARMS), TASKS, SEEDS, run, result_file, is_done, flags=["--figures"])
     print_table()
+    if args.figures:
+        draw()
 
 
 if __name__ == "__main__":
