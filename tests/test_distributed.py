@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples, RolloutBu
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from sb3_flow import DPPO, FPO, FQL, distributed
+from sb3_flow import DPPO, FPO, FQL, QC, distributed
 from sb3_flow.distributed import RankError
 from sb3_flow.fpo import fpo as fpo_module
 
@@ -41,6 +42,8 @@ FPO_CONFIGS = {
     "truncated minibatch": dict(batch_size=24, ratio_type="per_sample", trust_region="aspo", bounds_loss_coef=0.1),
     "one transition each": dict(batch_size=2, n_epochs=1),
     "advantages of the rollout and average": dict(normalize_advantage="rollout", ema_decay=0.9, ema_start=0),
+    "critic alone": dict(critic_warmup=1),
+    "critic at its own rate": dict(critic_learning_rate=1e-3, max_grad_norm=0.1),
 }
 DPPO_CONFIGS = {
     "default": dict(),
@@ -145,7 +148,9 @@ class Record(BaseCallback):
         self._see()
 
     def _see(self):
-        if self.model.get_vec_normalize_env() is not None:
+        normalization = self.model.get_vec_normalize_env()
+        # (offline there are none)
+        if normalization is not None and hasattr(normalization, "old_obs"):
             self.observations.append(self.model.get_vec_normalize_env().get_original_obs())
 
     def _on_step(self):
@@ -248,6 +253,18 @@ def scenarios(folder):
     callback = Record()
     options = dict(dataset=dataset, offline_steps=20, balanced_sampling=True, batch_size=34)
     results["both"] = state(make_fql(**options).learn(200, callback=callback), callback)
+
+    callback = Record()
+    small = dict(policy_kwargs=dict(net_arch=[16], n_samples=4), batch_size=32, buffer_size=300, seed=3, device="cpu")
+    in_a_row = dataset | dict(next_observations=np.roll(dataset["observations"], -1, axis=0))
+    model = QC("MlpPolicy", make_vec_env("Pendulum-v1", 2), dataset=in_a_row, offline_steps=10, chunk_size=3, **small)
+    results["chunks"] = state(model.learn(200, callback=callback), callback)
+
+    callback, env = Record(), VecNormalize(make_vec_env("Pendulum-v1", 2))
+    model = FPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, seed=3, device="cpu")
+    model.pretrain(dataset, 20, batch_size=32, callback=callback)
+    results["clone"] = dict(weights=deepcopy(model.policy.state_dict()), statistics=env.obs_rms.mean.copy())
+    results["fine-tuned"] = state(model.learn(64), callback)
 
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.warns(UserWarning, match="no longer the same"):
         monkeypatch.setattr(FPO, "_check_every", 1)
@@ -382,6 +399,23 @@ def test_offline_to_online(ranks):
     first, second = (results["both"] for results in ranks)
     assert first["timesteps"] == second["timesteps"] == [*range(1, 21), *range(24, 221, 4)]
     assert_equal(first["weights"], second["weights"])
+
+
+def test_chunks_online(ranks):
+    first, second = (results["chunks"] for results in ranks)
+    assert first["timesteps"] == second["timesteps"] == [*range(1, 11), *range(14, 211, 4)]
+    assert_equal(first["weights"], second["weights"])
+
+
+def test_pretraining(ranks):
+    """The same clone, with the statistics of the dataset, which each process has as a whole."""
+    for phase in ("clone", "fine-tuned"):
+        assert_equal(*(results[phase]["weights"] for results in ranks))
+    first, second = (results["fine-tuned"] for results in ranks)
+    assert first["timesteps"] == second["timesteps"] == list(range(1, 21)) and first["noise"] != second["noise"]
+    observations = np.random.default_rng(0).uniform(-1, 1, (50, 3))
+    for results in ranks:
+        np.testing.assert_allclose(results["clone"]["statistics"], observations.mean(axis=0), atol=1e-4)
 
 
 def test_rank_zero_logs_evaluates_and_saves(ranks):
