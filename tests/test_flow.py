@@ -141,6 +141,30 @@ def test_importance_of_the_times(supervision, odds):
             assert weights[drawn].tolist() == pytest.approx([weight / (4 * probability)] * drawn.sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("sampling", ["independent", "stratified"])
+def test_logit_normal_times(sampling):
+    """Their log-odds are normal, with the mean and standard deviation of EDM."""
+    th.manual_seed(0)
+    _, timesteps, _ = draw_pairs((2000, 8, 1), CFMLoss("velocity", "sum", "logit-normal", sampling))
+    log_odds = timesteps.logit().flatten()
+    normal = th.distributions.Normal(-1.2, 1.2)
+    for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):
+        assert (log_odds < normal.icdf(th.tensor(quantile))).float().mean().item() == pytest.approx(quantile, abs=0.02)
+
+
+def test_scale():
+    losses = []
+    for scale in (1.0, 200.0):
+        th.manual_seed(0)
+        losses.append(draw_pairs((10, 4, 2), to_cfm_loss(dict(scale=scale))).weights)
+    th.testing.assert_close(losses[1], 200 * losses[0])
+    for scale in (0.0, -1.0, np.inf, "1"):
+        with pytest.raises(ValueError, match=r"cfm_loss\['scale'\]"):
+            to_cfm_loss(dict(scale=scale))
+    # Of a model that was saved before there was one
+    assert to_cfm_loss(["noise", "mean", "grid", "independent"]) == CFM_LOSSES["fpo"]
+
+
 @pytest.mark.parametrize("n_mc_samples", [1, 2, 7, 8])
 def test_stratified_pairs(n_mc_samples):
     noise, timesteps, weights = draw_pairs((50, n_mc_samples, 2), CFMLoss("velocity", "sum", "uniform", "stratified"))

@@ -22,14 +22,21 @@ NUMBERS = {
         learning_rate=3e-4, n_epochs=16, gamma=0.995, gae_lambda=0.95, clip_range=0.05, normalize_advantage=True, ent_coef=0,
         vf_coef=0.25, max_grad_norm=None, bounds_loss_coef=0, n_mc_samples=8, n_baseline_actions=0, ratio_type="averaged",
         trust_region="ppo", cfm_loss_clip=None, log_ratio_clip=None, ema_decay=None, target_kl=None, clip_range_vf=None,
-        cfm_loss=("noise", "mean", "grid", "independent"),
+        cfm_loss=("noise", "mean", "grid", "independent", 1),
     ),
     # Those of FPO++ for locomotion
     "fpo++": dict(
         learning_rate=1e-4, n_epochs=16, gamma=0.99, gae_lambda=0.95, clip_range=0.05, normalize_advantage="rollout",
         ent_coef=0, vf_coef=1, max_grad_norm=1, bounds_loss_coef=0, n_mc_samples=16, n_baseline_actions=0,
         ratio_type="per_sample", trust_region="aspo", cfm_loss_clip=20, log_ratio_clip=10, ema_decay=0.95, ema_start=500,
-        target_kl=None, clip_range_vf=None, cfm_loss=("velocity", "sqrt", "uniform", "independent"),
+        target_kl=None, clip_range_vf=None, cfm_loss=("velocity", "sqrt", "uniform", "independent", 1),
+    ),
+    # Table A.3 of FPO, and the authors' code, phc/configs/fpo.ini
+    "humanoid": dict(
+        learning_rate=1e-4, n_epochs=4, gamma=0.98, gae_lambda=0.2, clip_range=0.01, normalize_advantage=True, ent_coef=0,
+        vf_coef=1.2, max_grad_norm=10, bounds_loss_coef=0, n_mc_samples=1, n_baseline_actions=0, ratio_type="averaged",
+        trust_region="ppo", cfm_loss_clip=None, log_ratio_clip=None, ema_decay=None, target_kl=None,
+        cfm_loss=("action", "mean", "logit-normal", "independent", 200),
     ),
 }  # fmt: skip
 POLICIES = {
@@ -37,6 +44,8 @@ POLICIES = {
                   skip_connection=False, sampler="euler", action_perturbation_std=0, ortho_init=False),
     "fpo++": dict(squash_type="clip", action_scale=1, n_flow_steps=64, prediction_type="velocity", output_scale=1,
                   skip_connection=False, sampler="euler", action_perturbation_std=0.02, ortho_init=False),
+    "humanoid": dict(squash_type="clip", action_scale=1, n_flow_steps=10, prediction_type="action", output_scale=1,
+                     skip_connection=False, sampler="euler", action_perturbation_std=0.05, ortho_init=True),
 }  # fmt: skip
 
 
@@ -48,7 +57,8 @@ def test_numbers_of_the_papers(name):
     policy = model.policy
     assert {key: getattr(policy, key) for key in POLICIES[name]} == POLICIES[name]
     pi, vf, activation = {
-        "paper": ([32] * 4, [256] * 5, nn.SiLU), "fpo++": ([256] * 3, [768] * 3, nn.ELU)
+        "paper": ([32] * 4, [256] * 5, nn.SiLU), "fpo++": ([256] * 3, [768] * 3, nn.ELU),
+        "humanoid": ([512] * 2, [512] * 2, nn.SiLU),
     }[name]  # fmt: skip
     assert layers(policy.action_net) == [*pi, 1] and layers(policy.mlp_extractor) == vf
     assert {type(module) for module in policy.modules() if type(module).__module__.endswith("activation")} == {activation}
@@ -76,6 +86,22 @@ def test_every_argument_of_a_preset_is_one():
     for preset in presets.PRESETS.values():
         with pytest.raises(TypeError, match="n_stepps"):
             make_model(preset, n_stepps=3)
+
+
+def test_loss_of_motion_tracking():
+    """As the authors' code has it: the log-likelihood of a Gaussian of standard deviation 0.05, without its constant."""
+    model = make_model(presets.HUMANOID)
+    assert model.clip_range_vf(1.0) == 0.2
+    _, callback = model._setup_learn(64)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    rollout = model._get_rollout()
+    action, x_t, t = rollout.actions[:, 0, 0], rollout.x_t[:, 0], rollout.timesteps[:, 0]
+    with th.no_grad():
+        features = model.policy.extract_features(rollout.observations)
+        x1 = model.policy.action_net.forward_plain(features, x_t, t)
+        log_probs = -((x1 - action.unsqueeze(1)) ** 2) / (2 * 0.05**2)
+        losses = model._cfm_loss(model._flow_output(rollout), rollout)
+    th.testing.assert_close(losses[:, 0], -log_probs.mean(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_loss_of_the_paper():

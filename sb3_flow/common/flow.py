@@ -29,6 +29,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 
+from sb3_flow.common.checks import FINITE_POSITIVE, to_float
+
 Time = TypeVar("Time", float, th.Tensor)
 
 #: What a network can predict, and what the CFM loss can supervise.
@@ -38,11 +40,14 @@ SUPERVISIONS = (*PREDICTION_TYPES, "elbo")
 #: How the squared error is reduced over the action dimensions.
 LOSS_REDUCTIONS = ("mean", "sum", "sqrt")
 #: Where the timesteps of the Monte-Carlo pairs come from.
-TIMESTEP_DISTRIBUTIONS = ("grid", "uniform", "importance")
+TIMESTEP_DISTRIBUTIONS = ("grid", "uniform", "importance", "logit-normal")
 #: How the Monte-Carlo pairs of one action depend on each other.
 SAMPLINGS = ("independent", "stratified")
 #: "uniform" timesteps are at least this far from both ends (FPO++)
 UNIFORM_MARGIN = 0.005
+#: Mean and standard deviation of the log-odds of "logit-normal" timesteps (EDM, https://arxiv.org/abs/2206.00364, where they
+#: are those of the logarithm of the noise's size)
+LOG_ODDS = (-1.2, 1.2)
 
 # A noise prediction says nothing about the action at t = 1, nor an action prediction about the noise at t = 0
 # (the conversion divides by 1 - t, or t): such networks are trained and sampled at this distance from there. And the
@@ -72,32 +77,37 @@ class CFMLoss(NamedTuple):
     :param reduction: Reduction of the squared error over the action dimensions: "mean", "sum", or "sqrt" for the sum over the
         square root of their number
     :param timestep_distribution: "grid" draws timesteps from those that the sampler visits, "uniform" from [0, 1] (but for
-        ``UNIFORM_MARGIN``), and "importance" those of the grid with a probability proportional to the square root of the
-        weight that their squared error has, which makes the losses of all of them about as large
+        ``UNIFORM_MARGIN``), "logit-normal" more of those close to the action than to the noise (``LOG_ODDS``), and
+        "importance" those of the grid with a probability proportional to the square root of the weight that their squared
+        error has, which makes the losses of all of them about as large
     :param sampling: "independent", or "stratified" for less variance: the timesteps of an action are in as many equally likely
         parts of [0, 1], one in each, and those in the first and second, third and fourth, ... have opposite noise. A pair
         picked at random among those of an action is distributed as an independent one, the first, second, ... are not.
+    :param scale: Factor of the loss
     """
 
     supervision: str = "elbo"
     reduction: str = "sum"
     timestep_distribution: str = "importance"
     sampling: str = "stratified"
+    scale: float = 1.0
 
 
-#: Its choices, field by field (each is a tuple here, where a loss has one of its texts)
-CFM_LOSS_CHOICES = CFMLoss(SUPERVISIONS, LOSS_REDUCTIONS, TIMESTEP_DISTRIBUTIONS, SAMPLINGS)  # type: ignore[arg-type]
+#: Choices of its fields, in their order, but for the scale
+CFM_LOSS_CHOICES = (SUPERVISIONS, LOSS_REDUCTIONS, TIMESTEP_DISTRIBUTIONS, SAMPLINGS)
 #: Those that have a name: "elbo", with which the log-ratio is one of likelihoods, and those of the authors' codes.
 CFM_LOSSES = {
     "elbo": CFMLoss(),
     "fpo": CFMLoss("noise", "mean", "grid", "independent"),
     "fpo++": CFMLoss("velocity", "sqrt", "uniform", "independent"),
+    # FPO's motion tracking: the log-likelihood of a Gaussian of standard deviation 0.05 about the action that is predicted
+    "fpo-humanoid": CFMLoss("action", "mean", "logit-normal", "independent", 200.0),
 }
 
 
 def to_cfm_loss(value: Any) -> CFMLoss:
     """
-    :param value: The argument ``cfm_loss``: a name, a dictionary of fields (the others are those of "elbo"), or all four
+    :param value: The argument ``cfm_loss``: a name, a dictionary of fields (the others are those of "elbo"), or all of them
     :return: CFM loss
     :raises ValueError: if it is something else, or one of the fields is unknown
     """
@@ -109,16 +119,16 @@ def to_cfm_loss(value: Any) -> CFMLoss:
         if unknown := sorted(map(str, set(value) - set(CFMLoss._fields))):
             raise ValueError(f"`cfm_loss` has unknown keys {unknown}, they must be among {names}")
         loss = CFMLoss(**value)
-    # (of a saved model it is a list)
-    elif isinstance(value, (tuple, list)) and len(value) == len(CFMLoss._fields):
+    # (of a saved model it is a list, and may have no scale)
+    elif isinstance(value, (tuple, list)) and len(CFM_LOSS_CHOICES) <= len(value) <= len(CFMLoss._fields):
         loss = CFMLoss(*value)
     else:
         raise ValueError(
             f"`cfm_loss` must be one of {', '.join(map(repr, CFM_LOSSES))}, or a dict of {names}, it is {value!r}"
         )
-    for name, field, choices in zip(CFMLoss._fields, loss, CFM_LOSS_CHOICES, strict=True):
-        check_choice(f"cfm_loss[{name!r}]", field, choices)
-    return loss
+    for name, choices in zip(CFMLoss._fields, CFM_LOSS_CHOICES, strict=False):
+        check_choice(f"cfm_loss[{name!r}]", getattr(loss, name), choices)
+    return loss._replace(scale=to_float("cfm_loss['scale']", loss.scale, FINITE_POSITIVE))
 
 
 class MonteCarloPairs(NamedTuple):
@@ -253,7 +263,7 @@ def check_flow_steps(loss: CFMLoss, prediction_type: str, n_flow_steps: int) -> 
     :param n_flow_steps: Number of steps of the sampler
     :raises ValueError: if there is none
     """
-    on_grid = loss.timestep_distribution != "uniform"
+    on_grid = loss.timestep_distribution in ("grid", "importance")
     if on_grid and not _error_scale(loss.supervision, _grid(n_flow_steps, prediction_type, loss.supervision)).any():
         raise ValueError(
             f"`n_flow_steps` must be at least 2 for this `cfm_loss`, which is zero at t = 1, it is {n_flow_steps}"
@@ -283,8 +293,11 @@ def draw_pairs(
     if loss.sampling == "stratified":
         timesteps = (timesteps + th.arange(n_mc_samples, device=device)) / n_mc_samples
         noise[:, 1::2] = -noise[:, : n_mc_samples - 1 : 2]
-    if loss.timestep_distribution == "uniform":
+    if loss.timestep_distribution in ("uniform", "logit-normal"):
         timesteps = UNIFORM_MARGIN + (1 - 2 * UNIFORM_MARGIN) * timesteps
+        if loss.timestep_distribution == "logit-normal":
+            mean, std = LOG_ODDS
+            timesteps = th.sigmoid(mean + std * th.special.ndtri(timesteps))
         timesteps = timesteps.clamp_(*timestep_range(prediction_type, loss.supervision))
         importance = th.ones_like(timesteps)
     else:
@@ -293,7 +306,7 @@ def draw_pairs(
         indices = th.searchsorted(odds.cumsum(0), timesteps * odds.sum(), right=True).clamp_(max=n_flow_steps - 1)
         timesteps, importance = grid[indices], (odds.mean() / odds)[indices]
     weights = loss_weights(timesteps, shape[2], prediction_type, loss.supervision, loss.reduction)
-    return MonteCarloPairs(noise, timesteps, importance * weights)
+    return MonteCarloPairs(noise, timesteps, loss.scale * importance * weights)
 
 
 def loss_weights(timesteps: th.Tensor, action_dim: int, prediction_type: str, supervision: str, reduction: str) -> th.Tensor:

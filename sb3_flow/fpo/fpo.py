@@ -134,7 +134,7 @@ class FPO(FlowOnPolicyAlgorithm):
     :param bounds_loss_coef: Coefficient of a loss on predicted actions far outside of the bounds of the action space, where
         rewards no longer depend on the action: see ``FlowPolicy.bounds_loss``
     :param cfm_loss: The conditional flow matching loss, and how it is estimated: "elbo", whose log-ratio is one of
-        likelihoods, "fpo" (as the authors' code of FPO), "fpo++", or a dict of the arguments of
+        likelihoods, "fpo" (as the authors' code of FPO), "fpo++", "fpo-humanoid", or a dict of the arguments of
         :class:`~sb3_flow.common.flow.CFMLoss`, where the others are those of "elbo".
     :param n_mc_samples: Number of Monte-Carlo pairs (noise, timestep) for each transition,
         drawn once per rollout. A small number biases the ratio upwards.

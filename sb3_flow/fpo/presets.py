@@ -93,6 +93,48 @@ FPO_PLUS_PLUS: dict[str, Any] = dict(
     ),
 )
 
+#: FPO for motion tracking, Table A.3 of the paper and the authors' code (``phc/``). There a rollout has 32 steps of 4,096
+#: environments and 4 minibatches, the networks are larger and have an adaptive layer norm, and there is a loss on actions out
+#: of 0.9 times the bounds.
+HUMANOID: dict[str, Any] = dict(
+    learning_rate=1e-4,
+    n_epochs=4,
+    gamma=0.98,
+    gae_lambda=0.2,
+    clip_range=0.01,
+    clip_range_vf=0.2,
+    normalize_advantage=True,
+    ent_coef=0.0,
+    vf_coef=1.2,
+    max_grad_norm=10.0,
+    bounds_loss_coef=0.0,
+    cfm_loss="fpo-humanoid",
+    n_mc_samples=1,
+    n_baseline_actions=0,
+    ratio_type="averaged",
+    trust_region="ppo",
+    cfm_loss_clip=None,
+    log_ratio_clip=None,
+    ema_decay=None,
+    target_kl=None,
+    policy_kwargs=dict(
+        net_arch=dict(pi=[512, 512], vf=[512, 512]),
+        activation_fn=nn.SiLU,
+        ortho_init=True,
+        squash_type="clip",
+        action_scale=1.0,
+        optimizer_class=th.optim.Adam,
+        optimizer_kwargs=dict(eps=1e-8),
+        n_flow_steps=10,
+        prediction_type="action",
+        output_scale=1.0,
+        skip_connection=False,
+        sampler="euler",
+        action_perturbation_std=0.05,
+        normalize_values=False,
+    ),
+)
+
 #: For an actor that is a clone, see :meth:`FPO.pretrain` and :meth:`FPO.from_flow_bc`: the critic learns first, at a rate of
 #: its own, the trust region is small, and so is the noise that the clone does not have by itself.
 FINE_TUNE: dict[str, Any] = dict(
@@ -104,4 +146,4 @@ FINE_TUNE: dict[str, Any] = dict(
 )
 
 #: By the names that YAML files and the command line have for them
-PRESETS = {"paper": PAPER, "fpo++": FPO_PLUS_PLUS, "fine-tune": FINE_TUNE}
+PRESETS = {"paper": PAPER, "fpo++": FPO_PLUS_PLUS, "humanoid": HUMANOID, "fine-tune": FINE_TUNE}
