@@ -16,7 +16,9 @@ Tasks:
 The seeds of the tuning were 1000 and more.
 """
 
+import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,11 @@ TASKS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 ARMS = ("FPO, fine-tuned", "DPPO, fine-tuned", "FPO", "PPO")
 SEEDS = (0, 1, 2)
-#: Of the demonstrations
-N_EPISODES = {"HalfCheetah": 50, "pointmaze": 20}
-MEDIOCRE_STEPS = 163_840
-EXPERT_NOISE = 1.0
+#: Number of the episodes, and whose they are: steps of a policy, or noise of an expert
+DEMONSTRATIONS: dict[str, dict[str, Any]] = {
+    "HalfCheetah": dict(n_episodes=50, steps=163_840),
+    "pointmaze": dict(n_episodes=20, noise=1.0),
+}
 
 
 def result_file(arm: str, task: str, seed: int) -> Path:
@@ -65,8 +68,19 @@ def arguments(arm: str, task: str) -> dict[str, Any]:
 
 def settings(arm: str, task: str) -> dict[str, Any]:
     """All that a result depends on."""
-    steps = dict(steps=STEPS, pretrain_steps=PRETRAIN_STEPS, n_episodes=N_EPISODES[task])
-    return steps | dict(arguments=arguments(arm, task), defaults=class_defaults(algorithm(arm)))
+    env_id, n_envs, _ = TASKS[task]
+    of_all = dict(env=env_id, n_envs=n_envs, steps=STEPS, eval_freq=EVAL_FREQ, n_eval_episodes=N_EVAL_EPISODES)
+    if "fine-tuned" in arm:
+        of_pretrain = inspect.signature(algorithm(arm).pretrain).parameters.values()
+        options = {
+            parameter.name: str(parameter.default) for parameter in of_pretrain if parameter.default is not parameter.empty
+        }
+        of_all |= dict(pretrain_steps=PRETRAIN_STEPS, demonstrations=DEMONSTRATIONS[task], pretrain=options)
+    return of_all | dict(arguments=arguments_as_text(arm, task), defaults=class_defaults(algorithm(arm)))
+
+
+def arguments_as_text(arm: str, task: str) -> dict[str, str]:
+    return {name: str(value) for name, value in arguments(arm, task).items()}
 
 
 def is_done(arm: str, task: str, seed: int) -> bool:
@@ -76,11 +90,13 @@ def is_done(arm: str, task: str, seed: int) -> bool:
 
 def demonstrations(task: str, logs: Path) -> Path:
     """The dataset of a task, recorded once."""
-    file = logs / f"{task}-{N_EPISODES[task]}.npz"
+    of_task = DEMONSTRATIONS[task]
+    file = logs / f"{task}-{'-'.join(str(value) for value in of_task.values())}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished.npz")
-        np.savez(unfinished, **(record_cheetah if task == "HalfCheetah" else record_pointmaze)(N_EPISODES[task]))
+        # (another run may record the same)
+        unfinished = logs / f"{os.getpid()}-{file.name}"
+        np.savez(unfinished, **(record_cheetah if task == "HalfCheetah" else record_pointmaze)(**of_task))
         unfinished.replace(file)
     return file
 
@@ -103,16 +119,16 @@ def record(env: Any, act: Any, n_episodes: int) -> dict[str, Any]:
     return {name: np.array(column) for name, column in columns.items()}
 
 
-def record_cheetah(n_episodes: int) -> dict[str, Any]:
+def record_cheetah(n_episodes: int, steps: int) -> dict[str, Any]:
     import gymnasium as gym
 
     from sb3_flow import FPO
 
-    model = FPO("MlpPolicy", "HalfCheetah-v5", seed=1000).learn(MEDIOCRE_STEPS)
+    model = FPO("MlpPolicy", "HalfCheetah-v5", seed=1000).learn(steps)
     return record(gym.make("HalfCheetah-v5"), lambda obs: model.predict(obs, deterministic=False)[0], n_episodes)
 
 
-def record_pointmaze(n_episodes: int) -> dict[str, Any]:
+def record_pointmaze(n_episodes: int, noise: float) -> dict[str, Any]:
     import gymnasium as gym
 
     import sb3_flow  # noqa: F401 (registers the environments)
@@ -125,7 +141,7 @@ def record_pointmaze(n_episodes: int) -> dict[str, Any]:
         position = unwrapped.get_xy()
         direction = unwrapped.get_oracle_subgoal(position, unwrapped.cur_goal_xy)[0] - position
         direction = direction / (np.linalg.norm(direction) + 1e-6)
-        return np.clip(direction + generator.normal(0, EXPERT_NOISE, 2), -1, 1)
+        return np.clip(direction + generator.normal(0, noise, 2), -1, 1)
 
     return record(env, act, n_episodes)
 

@@ -134,7 +134,8 @@ def has_result(file: Path, settings: dict[str, Any]) -> bool:
 def _holds(settings: dict[str, Any], found: dict[str, Any]) -> bool:
     def is_same(name: str, value: Any) -> bool:
         if name == "settings":
-            return _holds(value, found[name])
+            # All that a result depends on
+            return value.keys() == found[name].keys() and _holds(value, found[name])
         if name == "defaults":
             # What has become an argument since changes nothing where it is not given
             return found[name].items() <= value.items()

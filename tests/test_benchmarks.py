@@ -69,6 +69,8 @@ def test_what_a_result_depends_on(tmp_path):
             inner = settings.get("settings", settings) | dict(defaults=wanted)
             assert runs.has_result(file, dict(settings=inner) if "settings" in settings else inner) == is_same
         assert not runs.has_result(file, settings | dict(hyperparameters={}))
+    # (the last one was of three steps)
+    assert not runs.has_result(file, dict(settings=dict(defaults=defaults)))
 
 
 def test_what_is_planned():

@@ -11,10 +11,12 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_flow import DPPO, FPO, FlowBC
+from sb3_flow import DPPO, FPO, FQL, FlowBC
 from sb3_flow.common.flow import SINGULARITY_MARGIN, interpolate
+from sb3_flow.fpo import MlpPolicy as FlowPolicy
 from sb3_flow.on_policy.pretraining import ActorCloning
 
 ALGORITHMS = [FPO, DPPO]
@@ -131,16 +133,18 @@ def test_actor_is_the_average(data):
 def test_statistics_are_those_of_the_dataset(data):
     parts = {name: data[name].copy() for name in ("observations", "next_observations")}
     for part in parts.values():
-        part[:, 1] = 0.25
+        part[:, 1] = 12345.67
+        part[:, 2] *= 1e-5
     observations, data = parts["observations"], data | parts
     model = make_model(FPO)
     model.pretrain(data, 2)
     (statistics,) = (x.flatten.statistics for x in model.policy._features_extractors())
-    np.testing.assert_allclose(statistics.mean, observations.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(statistics.mean, observations.astype(np.float64).mean(axis=0), rtol=1e-3)
     # What never varies is not divided by next to nothing
-    expected = observations.var(axis=0)
+    # (but for rounding)
+    expected = observations.astype(np.float64).var(axis=0)
     expected[1] = 1
-    np.testing.assert_allclose(statistics.var, expected, rtol=1e-4)
+    np.testing.assert_allclose(statistics.var, expected, rtol=1e-3)
     before = parameters(statistics)
     model.learn(128)
     assert equal(before, statistics.state_dict())
@@ -152,7 +156,9 @@ def test_statistics_are_those_of_the_dataset(data):
 def test_vec_normalize(data):
     env = VecNormalize(make_vec_env("Pendulum-v1"))
     model = make_model(FPO, env)
-    model.pretrain({**data, "rewards": np.zeros(len(data["actions"]), dtype=np.float32)}, 400)
+    model.pretrain(data, 400)
+    # There are no rewards to take statistics of
+    assert env.ret_rms.count < 1
     np.testing.assert_allclose(env.obs_rms.mean, data["observations"].mean(axis=0), atol=1e-3)
     # Its own statistics are of what it sees
     statistics = model.policy.features_extractor.flatten.statistics
@@ -161,9 +167,11 @@ def test_vec_normalize(data):
     assert np.abs(model.predict(obs, deterministic=True)[0] - data["actions"]).mean() < 0.4
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_callbacks_save_models_of_the_algorithm(data, algorithm, tmp_path):
-    model = make_model(algorithm, tensorboard_log=str(tmp_path / "logs"))
+@pytest.mark.parametrize(
+    ("algorithm", "kwargs"), [(FPO, {}), (FPO, dict(ema_decay=0.9)), (DPPO, {})], ids=["FPO", "FPO with an average", "DPPO"]
+)
+def test_callbacks_save_models_of_the_algorithm(data, algorithm, kwargs, tmp_path):
+    model = make_model(algorithm, tensorboard_log=str(tmp_path / "logs"), pretrain_steps=10, dataset=data, **kwargs)
     evaluation = EvalCallback(
         make_vec_env("Pendulum-v1"),
         n_eval_episodes=1,
@@ -172,13 +180,18 @@ def test_callbacks_save_models_of_the_algorithm(data, algorithm, tmp_path):
         best_model_save_path=str(tmp_path),
         verbose=0,
     )
-    model.pretrain(data, 10, callback=[evaluation, CheckpointCallback(10, str(tmp_path))])
+    model.pretrain(gradient_steps=10, callback=[evaluation, CheckpointCallback(10, str(tmp_path))])
     assert [*evaluation.evaluations_timesteps] == [5, 10]
     assert isinstance(algorithm.load(tmp_path / "best_model"), algorithm)
     # The average is what is saved, and what the model is in the end
-    loaded, obs = algorithm.load(tmp_path / "rl_model_10_steps"), data["observations"]
+    loaded = algorithm.load(tmp_path / "rl_model_10_steps", env=make_vec_env("Pendulum-v1"))
+    obs = data["observations"]
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
-    assert [*(tmp_path / "logs").iterdir()] == [tmp_path / "logs" / "pretrain_1"]
+    # There is nothing left to clone, and its observations are normalized as they were
+    statistics = parameters(loaded.policy.features_extractor)
+    loaded.learn(64)
+    assert loaded._n_pretrain_updates == 10 and equal(statistics, loaded.policy.features_extractor.state_dict())
+    assert (tmp_path / "logs" / "pretrain_1").is_dir()
     assert model.num_timesteps == 0
 
 
@@ -222,7 +235,7 @@ def test_interrupted(data, tmp_path):
     model.save(tmp_path / "model")
     loaded = FPO.load(tmp_path / "model", env=make_vec_env("Pendulum-v1"))
     # Arrays are not saved
-    with pytest.raises(ValueError, match="pass `dataset`"):
+    with pytest.raises(ValueError, match="3 of the `pretrain_steps` are left, but the dataset was given as arrays"):
         loaded.learn(64)
     assert model.learn(64)._n_pretrain_updates == 8
 
@@ -251,6 +264,47 @@ def test_critic_warmup(algorithm, policy):
         is_same = [th.equal(old, new) for old, new in zip(actor, model.policy.actor_parameters(), strict=True)]
         assert all(is_same) if n < 2 else not any(is_same)
         assert not equal(critic, model.policy.value_net.state_dict())
+
+
+def test_critic_warms_up_again(data):
+    """For a clone that is made later."""
+    model = make_model(FPO, critic_warmup=1).learn(128)
+    model.pretrain(data, 5)
+    actor = parameters(model.policy.action_net)
+    model.learn(64)
+    assert equal(actor, model.policy.action_net.state_dict())
+    model.learn(64)
+    assert not equal(actor, model.policy.action_net.state_dict())
+
+
+def test_layers_of_the_values_are_the_critics():
+    """Also of an extractor that has layers for the actor."""
+
+    class Policy(FlowPolicy):
+        def _build_mlp_extractor(self):
+            self.mlp_extractor = MlpExtractor(self.features_dim, dict(pi=[8], vf=[8]), self.activation_fn)
+
+    model = FPO(Policy, "Pendulum-v1", critic_warmup=1, critic_learning_rate=1e-3, **SMALL)
+    actor, critic = (parameters(getattr(model.policy.mlp_extractor, name)) for name in ("policy_net", "value_net"))
+    model.learn(64)
+    assert equal(actor, model.policy.mlp_extractor.policy_net.state_dict())
+    assert not equal(critic, model.policy.mlp_extractor.value_net.state_dict())
+
+
+def test_groups_of_the_optimizer(tmp_path):
+    """Parameters of one group do not fit two, nor the other way round, and an optimizer of one's own has one."""
+    old, new = make_model(FPO), make_model(FPO, critic_learning_rate=1e-3)
+    old.save(tmp_path / "model")
+    for load in (
+        lambda: FPO.load(tmp_path / "model", critic_learning_rate=1e-3),
+        lambda: new.set_parameters(old.get_parameters()),
+        lambda: old.set_parameters(new.get_parameters()),
+    ):
+        with pytest.raises(ValueError, match="`critic_learning_rate` must be None, or a number"):
+            load()
+    new.policy.optimizer = th.optim.Adam(new.policy.parameters())
+    with pytest.raises(ValueError, match="`critic_learning_rate` must be None"):
+        new.learn(64)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -306,12 +360,13 @@ def test_from_flow_bc(data, algorithm, normalize, tmp_path):
     ).learn()
     model = algorithm.from_flow_bc(clone, policy_kwargs=dict(net_arch=dict(vf=[8])), **SMALL)
     obs = data["observations"]
-    noise = th.randn(len(obs), *model.policy.noise_shape)
-    noise[:, 1:] = 0
+    # (DPPO: and no noise in its steps)
+    noise = th.zeros(len(obs), *model.policy.noise_shape)
+    first = noise.view(len(obs), -1)[:, :1]
+    first.normal_()
     observations = model.policy.obs_to_tensor(obs)[0]
-    raw = model.policy.act(observations, noise if algorithm is FPO else noise.view(len(obs), *model.policy.noise_shape))
-    flat = noise.view(len(obs), -1)[:, :1]
-    th.testing.assert_close(raw.detach().clamp(-1, 1), clone.policy.act(observations, flat))
+    raw = model.policy.act(observations, noise)
+    th.testing.assert_close(raw.detach().clamp(-1, 1), clone.policy.act(observations, first))
     np.testing.assert_array_equal(clone.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     assert model.get_env() is clone.get_env() and model.policy.mlp_extractor.value_net[0].out_features == 8
     model.learn(64).save(tmp_path / "model")
@@ -346,6 +401,13 @@ def test_from_flow_bc_of_images_and_dicts():
         ({}, dict(policy_kwargs=dict(n_flow_steps=3)), "`n_flow_steps` must be the clone's, 10, it is 3"),
         ({}, dict(policy_kwargs=dict(net_arch=[8])), r"`net_arch` must be the clone's, \[16\], it is \[8\]"),
         (dict(policy_kwargs=dict(net_arch=[16], sampler="heun")), dict(algorithm=DPPO), 'it has "heun"'),
+        ({}, dict(dataset="data.npz", pretrain_steps=10), "`dataset` must not be given"),
+        (
+            {},
+            dict(env=gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1))),
+            "Action spaces do not match",
+        ),
+        ({}, dict(env="MountainCarContinuous-v0"), "Observation spaces do not match"),
     ],
 )
 def test_what_is_not_the_clones(of_clone, arguments, text):
@@ -364,6 +426,7 @@ def test_what_is_not_the_clones(of_clone, arguments, text):
         (dict(dataset_kwargs=dict(validation=0.1)), "`dataset_kwargs` needs a `dataset`"),
         (dict(pretrain_steps=-1), "`pretrain_steps`"),
         (dict(critic_warmup=1.5), "`critic_warmup`"),
+        (dict(dataset="data.npz", dataset_kwargs="validation"), "`dataset_kwargs` must be a dictionary"),
         (dict(critic_learning_rate=-1.0), "`critic_learning_rate`"),
     ],
 )
@@ -379,13 +442,26 @@ def test_bad_arguments_of_pretrain(data):
         (dict(), "pass `dataset`"),
         (dict(dataset=data, ema_decay=1.0), "`ema_decay`"),
         (dict(dataset=data, batch_size=0), "`batch_size`"),
-        (dict(dataset=data, gradient_steps=-1), "`gradient_steps`"),
+        (dict(dataset=data, gradient_steps=0), "`gradient_steps`"),
         (dict(dataset=data | dict(actions=3 * data["actions"])), "outside of the action space"),
         (dict(dataset=data | dict(observations=data["observations"][:, :2])), "observations"),
     ]:
         with pytest.raises(ValueError, match=text):
             model.pretrain(**arguments)
     assert model._n_pretrain_updates == 0
+    # One that would not be looked at
+    with pytest.raises(ValueError, match="`pretrain_steps` must be positive"):
+        make_model(FPO, dataset=data).learn(64)
+    for other in (FQL("MlpPolicy", "Pendulum-v1", buffer_size=10), model):
+        with pytest.raises(ValueError, match="`clone` must be a FlowBC"):
+            FPO.from_flow_bc(other)
+
+
+def test_arrays_are_not_saved(data, tmp_path):
+    model = make_model(FPO, dataset=data, pretrain_steps=5, dataset_kwargs=dict(validation=data)).learn(0)
+    model.save(tmp_path / "model")
+    loaded = FPO.load(tmp_path / "model")
+    assert loaded.dataset is None and loaded.dataset_kwargs == {} and loaded.pretrain_steps == 5
 
 
 def test_command_line(data, tmp_path, monkeypatch):
@@ -395,9 +471,11 @@ def test_command_line(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("data.npz", **data)
     parameters = ["dataset:'data.npz'", "pretrain_steps:30", "preset:'fine-tune'", "n_steps:64", "batch_size:32", "n_epochs:1"]
-    command = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", "64", "--seed", "0", "--eval-freq", "-1"]
-    monkeypatch.setattr(sys, "argv", ["sb3-flow", *command, "--num-threads", "1", "-params", *parameters])
-    cli.main()
-    model = FPO.load("logs/fpo/Pendulum-v1_1/Pendulum-v1.zip")
-    # (a rollout of four environments)
-    assert model._n_pretrain_updates == 30 and model.num_timesteps == 256 and model.critic_warmup > 0
+    parameters += ["critic_learning_rate:'lin_1e-3'"]
+    # (a rollout of four environments, and by itself)
+    for n_timesteps, n_done in (("64", 256), ("0", 0)):
+        command = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", n_timesteps, "--seed", "0", "--eval-freq", "-1"]
+        monkeypatch.setattr(sys, "argv", ["sb3-flow", *command, "--num-threads", "1", "-params", *parameters])
+        cli.main()
+        model = FPO.load(f"logs/fpo/Pendulum-v1_{1 if n_done else 2}/Pendulum-v1.zip")
+        assert model._n_pretrain_updates == 30 and model.num_timesteps == n_done and model.critic_warmup > 0

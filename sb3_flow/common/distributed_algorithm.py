@@ -40,7 +40,7 @@ OF_RANK_ZERO = (EvalCallback, CheckpointCallback, ProgressBarCallback)
 #: Attributes that are not hyperparameters, or need not be the same
 OF_EACH_RANK = ("seed", "verbose", "tensorboard_log", "start_time", "num_timesteps", "dataset")
 #: Attributes that a training goes on from
-COUNTERS = ("num_timesteps", "_n_updates", "_n_iterations", "_n_offline_updates", "_episode_num")
+COUNTERS = ("num_timesteps", "_n_updates", "_n_iterations", "_n_offline_updates", "_n_pretrain_updates", "_episode_num")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -126,7 +126,7 @@ class DPPO(FlowOnPolicyAlgorithm):
         of the current progress remaining (from 1 to 0). The gradients of the two are then clipped separately. (A features
         extractor that they share is the actor's.)
     :param critic_warmup: Number of first iterations (a rollout and its epochs) in which only the value function learns, for an
-        actor that is good already
+        actor that is good already. They are those since the model was made or, if it was later, pretrained
     :param dataset: What :meth:`learn` clones first, see :meth:`pretrain`
     :param dataset_kwargs: Keyword arguments of ``OfflineAlgorithm.set_dataset``
     :param pretrain_steps: Number of gradient steps on the dataset that :meth:`learn` starts with, see :meth:`pretrain`

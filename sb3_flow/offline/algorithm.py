@@ -834,7 +834,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             if unwrap_vec_wrapper(normalization, VecFrameStack) is not unwrap_vec_wrapper(self.env, VecFrameStack):
                 raise ValueError("`VecNormalize` must be around `VecFrameStack`, not inside: what is stored is not normalized")
             if self.offline_buffer is not None:
-                self.offline_buffer.fit_normalization(normalization)
+                self.offline_buffer.fit_normalization(normalization, has_rewards=not self._only_clones)
         return super()._setup_learn(*args, **kwargs)
 
     def _setup_learn_offline(

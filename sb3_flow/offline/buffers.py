@@ -186,21 +186,25 @@ class OfflineBuffer:
             going_on = going_on & ~ends[last]
         return rewards, last, discounts
 
-    def fit_normalization(self, env: VecNormalize) -> None:
+    def fit_normalization(self, env: VecNormalize, has_rewards: bool = True) -> None:
         """
         Give an environment that has not seen anything yet the statistics of the dataset, as if it had been seen there.
 
         :param env: The environment
+        :param has_rewards: Whether the rewards of the dataset mean something
         """
-        if not env.training or env.ret_rms.count >= 1:
+        of_observations = env.obs_rms if env.norm_obs else {}
+        statistics = of_observations if isinstance(of_observations, dict) else {None: of_observations}
+        if not env.training or any(running.count >= 1 for running in (env.ret_rms, *statistics.values())):
             return
         sampled = self.sampled_rows
         if env.norm_obs:
-            statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {None: env.obs_rms}
             for key, running in statistics.items():
                 observations: Any = self.observations if key is None else self.observations[key]  # type: ignore[call-overload]
                 for rows in sampled.split(1000):
                     running.update(self._stack(observations, self._previous_rows(rows), observations[rows]).cpu().numpy())
+        if not has_rewards:
+            return
         discounted, episode_return = np.zeros(len(self.actions)), 0.0
         for row, (reward, end) in enumerate(zip(self.rewards.tolist(), self.episode_ends.tolist(), strict=True)):
             discounted[row] = episode_return = episode_return * env.gamma + reward

@@ -4,7 +4,7 @@ import io
 import pathlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,11 +19,22 @@ from stable_baselines3.common.type_aliases import (
     RolloutBufferSamples,
     Schedule,
 )
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, explained_variance
 from torch.nn import functional as F
 
 from sb3_flow import distributed
-from sb3_flow.common.checks import DECAY, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, check_floats, to_bool, to_float, to_int
+from sb3_flow.common.checks import (
+    DECAY,
+    FINITE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_floats,
+    to_bool,
+    to_float,
+    to_int,
+    to_net_arch,
+)
 from sb3_flow.common.distributed_algorithm import DistributedOnPolicyAlgorithm, learns_together
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL
@@ -98,7 +109,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         of the current progress remaining (from 1 to 0). The gradients of the two are then clipped separately. (A features
         extractor that they share is the actor's.)
     :param critic_warmup: Number of first iterations (a rollout and its epochs) in which only the value function learns, for an
-        actor that is good already
+        actor that is good already. They are those since the model was made or, if it was later, pretrained
     :param dataset: What :meth:`learn` clones first, see :meth:`pretrain`
     :param dataset_kwargs: Keyword arguments of ``OfflineAlgorithm.set_dataset``
     :param pretrain_steps: Number of gradient steps on the dataset that :meth:`learn` starts with, see :meth:`pretrain`
@@ -185,8 +196,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         self.critic_learning_rate = critic_learning_rate
         self.critic_warmup = critic_warmup
         #: Name of the dataset, to load it again, or its arrays, which are not saved
-        self.dataset: Any = dataset
-        self.dataset_kwargs = dataset_kwargs or {}
+        self.dataset: Any = dataset_name(dataset) or dataset
+        self.dataset_kwargs = {} if dataset_kwargs is None else dataset_kwargs
         self.pretrain_steps = pretrain_steps
         self._n_pretrain_updates = 0
         self._n_iterations = 0
@@ -196,6 +207,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
     def _check_arguments(self) -> None:
         for name in ("n_steps", "batch_size", "n_epochs"):
             setattr(self, name, to_int(name, getattr(self, name), at_least=1))
+        if not isinstance(self.dataset_kwargs, Mapping):
+            raise ValueError(f"`dataset_kwargs` must be a dictionary, it is {self.dataset_kwargs!r}")
         for name in ("critic_warmup", "pretrain_steps"):
             setattr(self, name, to_int(name, getattr(self, name), at_least=0))
         if isinstance(self.clip_range_vf, (float, int)):
@@ -262,7 +275,31 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # Arrays are not saved
-        return [*super()._excluded_save_params(), *(["dataset"] if dataset_name(self.dataset) is None else [])]
+        arrays = ["dataset"] if dataset_name(self.dataset) is None else []
+        validation = self.dataset_kwargs.get("validation")
+        if validation is not None and not isinstance(validation, float) and dataset_name(validation) is None:
+            arrays.append("dataset_kwargs")
+        return [*super()._excluded_save_params(), *arrays]
+
+    def set_parameters(self, load_path_or_dict, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules, see
+        ``BaseAlgorithm.set_parameters``.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+        :param exact_match: If True, the given parameters should include those of each module, and all of them
+        :param device: Device on which the code should run.
+        :raises ValueError: if they are of another number of optimized groups
+        """
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except ValueError as error:
+            if "parameter groups" not in str(error):
+                raise
+            raise ValueError(
+                "`critic_learning_rate` must be None, or a number, as it was where the parameters are from: with a number, "
+                "actor and critic are two groups of the optimizer"
+            ) from error
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -274,6 +311,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         if self.critic_learning_rate is not None:
             # (a function by now, which mypy does not see)
             learning_rate = self.critic_learning_rate(self._current_progress_remaining)  # type: ignore[operator]
+            if len(self.policy.optimizer.param_groups) != 2:
+                raise ValueError("`critic_learning_rate` must be None with an optimizer that was replaced")
             self.policy.optimizer.param_groups[1]["lr"] = learning_rate
             self.logger.record("train/critic_learning_rate", learning_rate)
 
@@ -389,9 +428,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         """
         :param observations: Those of the rollout
         """
-        # A clone goes on with the statistics of its dataset
-        if self._n_pretrain_updates == 0:
-            self.policy.update_normalization(observations)
+        self.policy.update_normalization(observations)
 
     @property
     def _only_critic(self) -> bool:
@@ -519,7 +556,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         """
         Clone the behavior of a dataset with the actor, by flow matching (as :class:`~sb3_flow.flow_bc.FlowBC` does).
         Observations and actions are enough. In the end, also of an interrupted one, the actor is an exponential moving average
-        of its weights, and from then on observations are normalized by the statistics of the dataset.
+        of its weights, and from then on the policy normalizes observations by the statistics of the dataset. (A
+        ``VecNormalize`` that has not seen anything begins with them, but goes on with what it sees: it is not needed.)
 
         :param dataset: What to clone, see :func:`sb3_flow.offline.datasets.load_dataset`. That of the constructor if None
         :param gradient_steps: Number of gradient steps
@@ -546,6 +584,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
             raise ValueError("There is no dataset: pass `dataset`")
         if self.env is None:
             raise ValueError("There is no environment: pass `env` to `load()`, or call `set_env()`")
+        gradient_steps = to_int("gradient_steps", gradient_steps, at_least=1)
         cloning = ActorCloning(
             self,
             to_float("ema_decay", ema_decay, DECAY),
@@ -565,7 +604,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
             # (Ctrl-C, or a callback that stops it)
             if cloning._n_offline_updates > 0:
                 self.policy.load_actor(cloning.policy.average.module.state_dict())
-                self._n_pretrain_updates += cloning._n_offline_updates
+                # (the critic begins now)
+                self._n_iterations = 0
         return self
 
     @classmethod
@@ -577,7 +617,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfFlowOnPolicyAlgorithm:
         """
-        A new model with the flow of a :class:`~sb3_flow.flow_bc.FlowBC` as its actor: both predict the same.
+        A new model with the flow of a :class:`~sb3_flow.flow_bc.FlowBC` as its actor: both predict the same (but for the noise
+        that DPPO adds at each step).
 
         :param clone: The model that has cloned a dataset
         :param env: The environment to learn from, that of the clone if None
@@ -585,11 +626,19 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
             ``net_arch=dict(vf=[...])`` is the value network's
         :param kwargs: Further ones of the constructor
         :return: the model
-        :raises ValueError: if the clone acts in chunks, has a policy of its own, or an argument is not the clone's
+        :raises ValueError: if the clone is no FlowBC, acts in chunks, has a policy of its own or other spaces than the
+            environment, or an argument is not the clone's
         """
-        aliases = {policy_class: name for name, policy_class in clone.policy_aliases.items()}
+        from sb3_flow.flow_bc import FlowBC
+
+        if not isinstance(clone, FlowBC):
+            raise ValueError(f"`clone` must be a FlowBC model, it is a {type(clone).__name__}")
+        aliases: dict[Any, str] = {policy_class: name for name, policy_class in FlowBC.policy_aliases.items()}
         if type(clone.policy) not in aliases:
             raise ValueError(f"`clone` must have one of FlowBC's policies, it has a {type(clone.policy).__name__}")
+        for name in ("dataset", "dataset_kwargs", "pretrain_steps"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` must not be given: the actor is that of the clone. `pretrain()` goes on with it")
         if clone.chunk_size > 1:
             raise ValueError(f"`clone` must have a `chunk_size` of 1, it is {clone.chunk_size}")
         env = clone.get_env() if env is None else env
@@ -598,10 +647,10 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         alias = aliases[type(clone.policy)]
         # (the policies of subclasses are flow policies, which mypy does not see)
         policy_class: Any = cls.policy_aliases[alias]
-        given, of_clone = policy_kwargs or {}, policy_class.arguments_of_clone(clone.policy)
-        net_arch = given.get("net_arch", {})
+        given = {name: value for name, value in (policy_kwargs or {}).items() if value is not None}
+        of_clone, flow_arch = policy_class.arguments_of_clone(clone.policy), clone.policy.bc_flow.net_arch
+        net_arch: Any = to_net_arch(given.get("net_arch", {}), ("pi", "vf"))
         net_arch = net_arch if isinstance(net_arch, dict) else dict(pi=net_arch, vf=net_arch)
-        flow_arch = clone.policy.bc_flow.net_arch
         for name, value, wanted in [
             ("net_arch", net_arch.get("pi", flow_arch), flow_arch),
             *((name, given.get(name, wanted), wanted) for name, wanted in of_clone.items()),
@@ -610,6 +659,8 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
                 raise ValueError(f"`policy_kwargs`: `{name}` must be the clone's, {wanted}, it is {value}")
         policy_kwargs = {**given, **of_clone, "net_arch": {**DEFAULT_NET_ARCH, **net_arch, "pi": flow_arch}}
         model = cls(alias, env, policy_kwargs=policy_kwargs, **kwargs)
+        assert model.env is not None
+        check_for_correct_spaces(model.env, clone.observation_space, clone.action_space)
         flow = clone.policy.bc_flow
         model.policy.action_net.load_state_dict(flow.network.state_dict())
         model.policy.pi_features_extractor.load_state_dict(flow.features_extractor.state_dict())
@@ -639,6 +690,15 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         :return: the trained model
         """
         remaining = self.pretrain_steps - self._n_pretrain_updates
+        if self.dataset is not None and self.pretrain_steps == self._n_pretrain_updates == 0:
+            raise ValueError(
+                "`pretrain_steps` must be positive to learn from a `dataset` first, it is 0. Or call `pretrain()`"
+            )
+        if remaining > 0 and self.dataset is None:
+            raise ValueError(
+                f"{remaining} of the `pretrain_steps` are left, but the dataset was given as arrays, which are not saved: "
+                "call `pretrain()` with it"
+            )
         if remaining > 0:
             self.pretrain(gradient_steps=remaining, tb_log_name=f"{tb_log_name}_pretrain", progress_bar=progress_bar)
         return self._learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

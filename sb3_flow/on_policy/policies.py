@@ -22,7 +22,6 @@ from sb3_flow.common.flow import PREDICTION_TYPES, check_choice
 from sb3_flow.common.in_place import Memory, PlainMLP, is_plain, runs_in_place
 from sb3_flow.common.networks import FlowNetwork, lecun_uniform_init
 from sb3_flow.common.normalization import (
-    EPSILON,
     NormalizedCombinedExtractor,
     NormalizedFlattenExtractor,
     RunningNormalization,
@@ -228,7 +227,8 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """:return: what the actions depend on, with a features extractor that is shared"""
-        return [*self._actor().parameters()]
+        of_values = {*self.mlp_extractor.value_net.parameters()} if isinstance(self.mlp_extractor, MlpExtractor) else set()
+        return [parameter for parameter in self._actor().parameters() if parameter not in of_values]
 
     def load_actor(self, state_dict: Mapping[str, Any]) -> None:
         """
@@ -260,6 +260,10 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def separate_critic(self) -> None:
         """Have two groups of parameters in the optimizer, which is new: those of the actor, and the others."""
+        if len(self.optimizer.param_groups) != 1:
+            raise ValueError(
+                f"`critic_learning_rate` must be None: the optimizer has {len(self.optimizer.param_groups)} groups of its own"
+            )
         (group,) = self.optimizer.param_groups
         actor = {*self.actor_parameters()}
         others = [parameter for parameter in group["params"] if parameter not in actor]
@@ -300,19 +304,24 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
 
     def fit_normalization(self, observations: Iterable[PyTorchObs]) -> None:
         """
-        Normalize observations with the statistics of these only. What does not vary among them is not divided by anything.
+        Normalize observations with the statistics of these, from now on. What does not vary among them, but for rounding, is
+        not divided by anything.
 
         :param observations: Batches of them
         """
         statistics = [
             module for x in self._features_extractors() for module in x.modules() if isinstance(module, RunningStatistics)
         ]
+        if not statistics:
+            return
         for module in statistics:
             module.reset()
         for batch in observations:
             self.update_normalization(batch)
         for module in statistics:
-            module.var[module.var < EPSILON] = 1.0
+            module.var[module.var <= (1e-6 * module.mean).square()] = 1.0
+            # What comes later has no weight beside these
+            module.count.fill_(math.inf)
 
     def _features_extractors(self) -> list[BaseFeaturesExtractor]:
         if self.share_features_extractor:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -63,18 +62,16 @@ class ActorPolicy(FlowBCPolicy):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The actor is its average in the body."""
-        actor = self.bc_flow._actor()
-        trained = {name: value.clone() for name, value in actor.state_dict().items()}
-        actor.load_state_dict(self.average.module.state_dict())
+        trained = {name: value.clone() for name, value in self.bc_flow.state_dict().items()}
+        self.bc_flow.load_actor(self.average.module.state_dict())
         try:
             yield
         finally:
-            actor.load_state_dict(trained)
+            self.bc_flow.load_state_dict(trained)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        policy = self.bc_flow
         with self.averaged():
-            return policy._sample(policy.action_net, policy._latent_pi(observation, policy._actor()), deterministic)
+            return self.bc_flow._predict(observation, deterministic)
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         return self.bc_flow.scale_action(action)
@@ -95,10 +92,10 @@ class ActorCloning(FlowBC):
 
     policy: ActorPolicy  # type: ignore[assignment]
 
-    def __init__(self, model: BaseAlgorithm, ema_decay: float, **kwargs: Any):
+    def __init__(self, model: Any, ema_decay: float, **kwargs: Any):
         self._model = model
         policy_kwargs = dict(policy=model.policy, ema_decay=ema_decay)
-        super().__init__(ActorPolicy, model.env, policy_kwargs=policy_kwargs, **kwargs)  # type: ignore[arg-type]
+        super().__init__(ActorPolicy, model.env, policy_kwargs=policy_kwargs, **kwargs)
 
     def _load_buffer(self, *args, **kwargs) -> OfflineBuffer:
         buffer = super()._load_buffer(*args, **kwargs)
@@ -132,6 +129,7 @@ class ActorCloning(FlowBC):
     def _optimization_step(self, loss: th.Tensor) -> None:
         super()._optimization_step(loss)
         self.policy.update_average()
+        self._model._n_pretrain_updates += 1
 
     def save(
         self,

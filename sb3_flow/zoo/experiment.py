@@ -263,7 +263,7 @@ class FlowExperimentManager(CheckedExperimentManager):
                 f"argument -n/--n-timesteps: found {self.n_timesteps}, but {self.algo} learns offline only, expected 0: "
                 "the number of its gradient steps is `offline_steps` (-params offline_steps:100000)"
             )
-        if self.n_timesteps + self.offline_steps == 0:
+        if self.n_timesteps + self.offline_steps + hyperparams.get("pretrain_steps", 0) == 0:
             raise InputError("argument -n/--n-timesteps: 0 timesteps, and no `offline_steps`: there is nothing to learn")
         if not self._eval_env_kwargs_args:
             # rl-zoo3 forgets those of the YAML file

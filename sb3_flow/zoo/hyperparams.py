@@ -62,9 +62,11 @@ PRESETS = {"fpo": FPO_PRESETS, "dppo": DPPO_PRESETS}
 #: Hyperparameters that it evaluates, if they are texts
 EVALUATED = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
 #: Those that may be "lin_VALUE"
-SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
+SCHEDULES = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_vf", "delta_std")
 COUNTS = ("n_envs", "n_steps", "batch_size", "n_epochs", "buffer_size", "frame_stack", "n_mc_samples", "n_flow_steps")
-NOT_NEGATIVE = ("n_timesteps", "offline_steps", "learning_starts", "learning_rate", "noise_std")
+NOT_NEGATIVE = (
+    "n_timesteps", "offline_steps", "pretrain_steps", "learning_starts", "learning_rate", "critic_learning_rate", "noise_std",
+)  # fmt: skip
 POSITIVE = ("clip_range", "max_grad_norm", "action_scale")
 FRACTIONS = ("gamma", "gae_lambda", "tau")
 
@@ -481,6 +483,16 @@ class CheckedExperimentManager(ExperimentManager):
             pprint(saved_hyperparams)
         check_hyperparams(self.algo, hyperparams, self._where)
         return hyperparams, saved_hyperparams
+
+    @staticmethod
+    def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        hyperparams = ExperimentManager._preprocess_schedules(hyperparams)
+        # One that rl-zoo3 does not know
+        name = "critic_learning_rate"
+        if isinstance(hyperparams.get(name), str):
+            schedule = ExperimentManager._preprocess_schedules(dict(learning_rate=hyperparams[name]))["learning_rate"]
+            hyperparams = {**hyperparams, name: schedule}
+        return hyperparams
 
     def _expand_preset(self, hyperparams: dict[str, Any]) -> dict[str, Any]:
         """A preset is above what was there before it: that of the command line above the file, but beneath a trial."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +53,7 @@ def find_file() -> Path:
     """
     folder = os.environ.get(VARIABLE)
     candidates = [Path(folder) if folder else FOLDER]
-    package = find_spec("envpool_assets")
+    package = None if folder else find_spec("envpool_assets")
     if package is not None and package.submodule_search_locations:
         candidates += [Path(location) / IN_WHEEL for location in package.submodule_search_locations]
     for candidate in candidates:
@@ -92,7 +92,7 @@ def download(folder: Path | None = None) -> Path:
     return folder
 
 
-def load_clips(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> list[Clip]:
+def load_clips(path: str | os.PathLike[str], names: Sequence[str] | None = None) -> list[Clip]:
     """
     Read clips.
 
@@ -110,9 +110,11 @@ def load_clips(path: str | os.PathLike[str], names: Iterable[str] | None = None)
     if start == MAGIC:
         frames = _read_binary(path)
     elif start == b"\x89HDF\r\n\x1a\n":
-        frames = _read_hdf5(path)
+        frames = _read_hdf5(path, names)
     else:
         raise ValueError(f"{path} is no file of motion capture clips, of EnvPool's format or HDF5")
+    if not frames:
+        raise ValueError(f"There are no clips in {path}")
     wanted = list(frames) if names is None else list(names)
     for name in wanted:
         if name not in frames:
@@ -164,15 +166,16 @@ def _read_binary(path: Path) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
                 fields[field] = np.frombuffer(data, "<f4", n_frames * width, position).reshape(n_frames, width)
                 position += 4 * n_frames * width
             clips[name] = dt, {field: fields[field] for field in FIELDS}
-    except (struct.error, ValueError, KeyError, UnicodeDecodeError, MemoryError) as error:
+    except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise ValueError(f"{path} is damaged, or not complete: {error}") from error
     if position != len(data):
         raise ValueError(f"{path} is damaged: there are {len(data) - position} bytes after its last clip")
     return clips
 
 
-def _read_hdf5(path: Path) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
-    """One group for each clip, with a walker whose fields have a column for each frame."""
+def _read_hdf5(path: Path, names: Sequence[str] | None) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
+    """One group for each clip, with a walker whose fields have a column for each frame. (There may be many: what is not wanted
+    is not read.)"""
     try:
         import h5py
     except ImportError as error:
@@ -180,9 +183,10 @@ def _read_hdf5(path: Path) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
     try:
         with h5py.File(path, "r") as file:
             clips = {}
-            for name, group in file.items():
+            for name in file if names is None else set(names) & set(file):
+                group = file[name]
                 walker = group["walkers/walker_0"]
                 clips[name] = float(group.attrs["dt"]), {field: np.asarray(walker[field]).T for field in FIELDS}
             return clips
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or has no clips of dm_control: {error}") from error

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from sb3_flow.common.checks import FINITE_POSITIVE, to_bool, to_float, to_int
+from sb3_flow.common.checks import FINITE_POSITIVE, NOT_NEGATIVE, Range, to_bool, to_float, to_int
 from sb3_flow.common.flow import check_choice
 from sb3_flow.envs.tracking import CONDITIONINGS
 from sb3_flow.envs.tracking.clips import Clip, find_file, load_clips
@@ -75,6 +75,7 @@ def make_humanoid() -> Humanoid:
     :raises ImportError: if dm_control is not installed
     """
     try:
+        import mujoco
         from dm_control import mjcf
         from dm_control.locomotion.arenas import floors
         from dm_control.locomotion.walkers import cmu_humanoid
@@ -85,6 +86,8 @@ def make_humanoid() -> Humanoid:
     physics = mjcf.Physics.from_mjcf_model(arena.mjcf_model)
     model = physics.model.ptr
     model.opt.timestep = TIMESTEP
+    # A simulation that fails is to be seen, not to begin anew
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
 
     def find_bodies(parts: Sequence[Any]) -> np.ndarray:
         return np.array([model.body(body.full_identifier).id for body in parts])
@@ -263,7 +266,8 @@ class HumanoidTrackingEnv(gym.Env):
     :param conditioning: What is seen of the reference: "all", or the positions of "root_hands" or of the "root", as in FPO's
         experiment
     :param n_future: How many of the next frames are seen
-    :param random_start: Whether episodes start at random frames, or all at the first frame of a clip
+    :param random_start: Whether episodes start at random frames of random clips, or at the first frames of one clip after the
+        other
     :param max_error: Mean distance of the bodies from the reference at which an episode terminates, in meters
     :param reward_weights: Weights of the terms of the reward, by their names: "position", "rotation", "velocity" and
         "angular_velocity". The others are PHC's.
@@ -291,14 +295,15 @@ class HumanoidTrackingEnv(gym.Env):
         import mujoco
 
         check_choice("conditioning", conditioning, list(CONDITIONINGS))
-        check_choice("render_mode", str(render_mode), ["None", *self.metadata["render_modes"]])
+        if render_mode is not None:
+            check_choice("render_mode", render_mode, self.metadata["render_modes"])
         self.n_future = to_int("n_future", n_future, at_least=1)
         self.random_start = to_bool("random_start", random_start)
         self.max_error = to_float("max_error", max_error, FINITE_POSITIVE)
-        self.reward_weights = _with_defaults("reward_weights", reward_weights, REWARD_WEIGHTS)
-        self.reward_factors = _with_defaults("reward_factors", reward_factors, REWARD_FACTORS)
+        self.reward_weights = _with_defaults("reward_weights", reward_weights, REWARD_WEIGHTS, NOT_NEGATIVE)
+        self.reward_factors = _with_defaults("reward_factors", reward_factors, REWARD_FACTORS, FINITE_POSITIVE)
         self.render_mode = render_mode
-        names = None if isinstance(clips, str) and clips == "walk" else (clips,) if isinstance(clips, str) else tuple(clips)
+        names = _to_names(clips)
         self.humanoid = make_humanoid()
         self.references = load_references(str(find_file() if path is None else path), names)
         self.data = mujoco.MjData(self.humanoid.model)
@@ -307,6 +312,8 @@ class HumanoidTrackingEnv(gym.Env):
         self.seen = np.array([body_names.index(name) for name in seen])
         self.sees_positions_only = conditioning != "all"
         self.clip, self.frame, self.first_frame = 0, 0, 0
+        # The last clip whose turn it was, without a random start
+        self._turn: int | None = None
         self._renderer: Any = None
 
         n_observed = 1 + 6 + 6 + 2 * len(self.humanoid.joint_positions) + 3 * (len(body_names) - 1) + self.humanoid.model.na
@@ -316,8 +323,14 @@ class HumanoidTrackingEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
+        if seed is not None:
+            self._turn = None
         references, options = self.references, options or {}
         self.clip, self.frame = self._draw_start()
+        for name in options:
+            check_choice("options", name, ["clip", "frame"])
+        if "frame" in options and "clip" not in options:
+            raise ValueError("`options` must have the `clip` of the `frame`")
         if "clip" in options:
             if options["clip"] not in references.names:
                 raise ValueError(f"`clip` must be one of {', '.join(references.names)}, it is {options['clip']!r}")
@@ -332,11 +345,15 @@ class HumanoidTrackingEnv(gym.Env):
         return self._observe(states_of_bodies(self.humanoid, self.data)), self._info(0.0)
 
     def _draw_start(self) -> tuple[int, int]:
-        """A clip, and a frame that is not its last one."""
+        """A clip, and a frame that is not its last one. Those that start at the beginning take turns."""
         n_starts = self.references.lengths - 1
+        if not self.random_start:
+            n_clips = len(n_starts)
+            self._turn = int(self.np_random.integers(n_clips)) if self._turn is None else (self._turn + 1) % n_clips
+            return self._turn, 0
         start = int(self.np_random.integers(n_starts.sum()))
         clip = int(np.searchsorted(np.cumsum(n_starts), start, side="right"))
-        return clip, start - int(n_starts[:clip].sum()) if self.random_start else 0
+        return clip, start - int(n_starts[:clip].sum())
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         import mujoco
@@ -431,7 +448,14 @@ class HumanoidTrackingEnv(gym.Env):
             self._renderer = None
 
 
-def _with_defaults(name: str, given: dict[str, float] | None, defaults: dict[str, float]) -> dict[str, float]:
+def _to_names(clips: str | Sequence[str]) -> tuple[str, ...] | None:
+    names = (clips,) if isinstance(clips, str) else clips
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'`clips` must be "walk", or names of clips, it is {clips!r}')
+    return None if clips == "walk" else tuple(names)
+
+
+def _with_defaults(name: str, given: dict[str, float] | None, defaults: dict[str, float], wanted: Range) -> dict[str, float]:
     for key in given or {}:
         check_choice(name, key, list(defaults))
-    return {key: to_float(f"{name}: {key}", value, FINITE_POSITIVE) for key, value in {**defaults, **(given or {})}.items()}
+    return {key: to_float(f"{name}: {key}", value, wanted) for key, value in {**defaults, **(given or {})}.items()}
