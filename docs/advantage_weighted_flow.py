@@ -13,7 +13,7 @@ import torch as th
 
 from sb3_flow.common.flow import CFMLoss, cfm_loss, draw_pairs, interpolate
 from sb3_flow.common.networks import FlowNetwork
-from sb3_flow.common.samplers import SAMPLERS
+from sb3_flow.common.samplers import euler
 from sb3_flow.plotting import BLUE, ORANGE, new_figure
 
 OUTPUT = Path(__file__).parent / "_static" / "advantage_weighted_flow.png"
@@ -39,7 +39,7 @@ def paths_of(network: FlowNetwork, noise: th.Tensor, n_times: int = N_TIMES) -> 
         return field(x, t)
 
     with th.no_grad():
-        points.append(SAMPLERS["euler"](recorded_field, noise, n_times, 0.0, ()))
+        points.append(euler(recorded_field, noise, n_times))
     return th.stack(points).squeeze(-1)
 
 

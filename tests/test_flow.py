@@ -30,7 +30,7 @@ from sb3_flow.common.flow import (
     to_velocity,
 )
 from sb3_flow.common.networks import FlowNetwork, TanhGELU, TimestepEmbedding
-from sb3_flow.common.samplers import SAMPLERS
+from sb3_flow.common.samplers import SAMPLERS, integrate
 from sb3_flow.common.surrogates import relative_loss
 
 
@@ -264,7 +264,7 @@ def test_cfm_loss_of_the_argument():
         # (as JSON gives it back)
         assert to_cfm_loss(list(loss)) == to_cfm_loss(loss) == to_cfm_loss(loss._asdict()) == loss
     assert to_cfm_loss({}) == CFM_LOSSES["elbo"]
-    assert to_cfm_loss(dict(supervision="velocity")) == ("velocity", "sum", "importance", "stratified")
+    assert to_cfm_loss(dict(supervision="velocity")) == ("velocity", "sum", "importance", "stratified", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_skip_connection_does_not_change_the_flow(sampler):
     network = make_network(skip_connection=True)
     features, noise = th.randn(10, 6), th.randn(10, 3)
     with th.no_grad():
-        expected = SAMPLERS["euler"](network.velocity_field(features, 4000), noise, 4000)
+        expected = integrate("euler", network.velocity_field(features, 4000), noise, 4000)
         assert th.allclose(network.sample(features, noise, 400, sampler), expected, atol=5e-3)
 
 
@@ -389,7 +389,7 @@ def test_folded_sampler_equals_plain_loop(prediction_type, n_flow_steps, skip_co
         x = x - to_velocity(output, x, t, prediction_type) / n_flow_steps
     with th.no_grad():
         field = network.velocity_field(features, n_flow_steps)
-        fast = SAMPLERS["euler"](field, noise, n_flow_steps, 0.0)
+        fast = integrate("euler", field, noise, n_flow_steps, 0.0)
     # Noise networks divide by a small number
     assert th.allclose(fast, x, atol=1e-5, rtol=1e-5)
     # Any other time is possible too
@@ -488,22 +488,22 @@ def test_gradient_flows_through_the_sampler():
 def test_euler_on_a_known_field():
     """dx/dt = x from t = 1 to 0 multiplies by (1 - 1/K)^K; a straight path is integrated exactly."""
     x = th.tensor([[2.0]])
-    assert SAMPLERS["euler"](lambda x, t: x, x, 4, 0.0).item() == pytest.approx(2 * 0.75**4)
-    assert SAMPLERS["euler"](lambda x, t: th.full_like(x, 3.0), x, 7, 0.0).item() == pytest.approx(-1.0)
+    assert integrate("euler", lambda x, t: x, x, 4, 0.0).item() == pytest.approx(2 * 0.75**4)
+    assert integrate("euler", lambda x, t: th.full_like(x, 3.0), x, 7, 0.0).item() == pytest.approx(-1.0)
     # The velocity of the last step is that at t = 1/K
     times = []
-    SAMPLERS["euler"](lambda x, t: times.append(t) or x, x, 4, 0.0)
+    integrate("euler", lambda x, t: times.append(t) or x, x, 4, 0.0)
     assert times == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_stochastic_euler():
     """Without a drift, K steps of noise sigma add a variance of K sigma^2; without noise it is Euler's method."""
     th.manual_seed(0)
-    samples = SAMPLERS["sde"](lambda x, t: th.zeros_like(x), th.zeros(20000, 1), 9, 0.2)
+    samples = integrate("sde", lambda x, t: th.zeros_like(x), th.zeros(20000, 1), 9, 0.2)
     assert samples.mean().item() == pytest.approx(0, abs=0.02)
     assert samples.std().item() == pytest.approx(0.6, rel=0.03)
     x = th.randn(5, 2)
-    assert th.equal(SAMPLERS["sde"](lambda x, t: x, x, 9, 0.0), SAMPLERS["euler"](lambda x, t: x, x, 9, 0.0))
+    assert th.equal(integrate("sde", lambda x, t: x, x, 9, 0.0), integrate("euler", lambda x, t: x, x, 9, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_flow_learns_a_mixture(prediction_type, skip_connection):
 
     with th.no_grad():
         field = network.velocity_field(th.zeros(20000, 1), 50)
-        samples = SAMPLERS["euler"](field, th.randn(20000, 2), 50, 0.0)
+        samples = integrate("euler", field, th.randn(20000, 2), 50, 0.0)
     distances = th.cdist(samples, means)
     closest = distances.argmin(dim=1)
     assert (closest == 0).float().mean().item() == pytest.approx(weight, abs=0.05)

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_flow import FPO, FQL
 from sb3_flow.common.flow import PREDICTION_TYPES, timestep_range, to_velocity
 from sb3_flow.common.networks import FlowNetwork
-from sb3_flow.common.samplers import SAMPLERS, TOLERANCE
+from sb3_flow.common.samplers import SAMPLERS, TOLERANCE, integrate
 
 pytest.importorskip("torchdiffeq", reason='needs pip install "sb3-flow[solvers]"')
 
@@ -28,7 +28,7 @@ def gaussian_velocity(x, t):
 
 def error(sampler, n_flow_steps, field=gaussian_velocity, **kwargs):
     noise = th.tensor([[-1.5], [0.3], [2.0]], dtype=th.float64)
-    actions = SAMPLERS[sampler](field, noise, n_flow_steps, 0.0, **kwargs)
+    actions = integrate(sampler, field, noise, n_flow_steps, 0.0, **kwargs)
     return (actions - (MEAN + STD * noise)).abs().max().item()
 
 
@@ -38,7 +38,7 @@ def test_order_of_convergence(sampler, order):
     noise = th.tensor([[0.3], [0.5]], dtype=th.float64)
     exact = 1 / (1 / noise - math.sin(1))
     errors = [
-        (SAMPLERS[sampler](lambda x, t: -x.square() * math.cos(t), noise, n_flow_steps, 0.0) - exact).abs().max().item()
+        (integrate(sampler, lambda x, t: -x.square() * math.cos(t), noise, n_flow_steps, 0.0) - exact).abs().max().item()
         for n_flow_steps in (16, 32, 64)
     ]
     for coarse, fine in itertools.pairwise(errors):
@@ -54,7 +54,7 @@ def test_adaptive():
 @pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20)])
 def test_number_of_evaluations(sampler, evaluations):
     times = []
-    SAMPLERS[sampler](lambda x, t: times.append(t) or x, th.zeros(1, 1), 5, 0.0)
+    integrate(sampler, lambda x, t: times.append(t) or x, th.zeros(1, 1), 5, 0.0)
     assert len(times) == evaluations and max(times) == 1.0 and min(times) >= 0.0
 
 
@@ -75,9 +75,9 @@ def test_every_prediction_type(prediction_type, sampler):
 
     kinks = timestep_range(prediction_type)
     noise = th.tensor([[-1.5], [0.3], [2.0]], dtype=th.float64)
-    reference = SAMPLERS["euler"](field, noise, 20_000, 0.0)
+    reference = integrate("euler", field, noise, 20_000, 0.0)
     # The times of the kinks are steps: twice as many steps do not do better than what remains at the end of the interval
-    assert th.allclose(SAMPLERS[sampler](field, noise, 40, 0.0, kinks), reference, atol=2e-3)
+    assert th.allclose(integrate(sampler, field, noise, 40, 0.0, kinks), reference, atol=2e-3)
     assert error(sampler, 40, field, kinks=kinks) < 0.01
 
 

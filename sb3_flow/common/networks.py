@@ -23,7 +23,7 @@ from sb3_flow.common.in_place import (
     methods_of,
     runs_in_place,
 )
-from sb3_flow.common.samplers import SAMPLERS, Sigma, VelocityField, euler, unit_variance_field
+from sb3_flow.common.samplers import Sigma, VelocityField, integrate, unit_variance_field
 
 #: That of Flax
 LAYER_NORM_EPS = 1e-6
@@ -219,12 +219,11 @@ class FlowNetwork(nn.Module):
         :param features: (batch, features_dim)
         :param noise: (batch, action_dim)
         :param n_flow_steps: Number of steps
-        :param sampler: One of ``SAMPLERS``
+        :param sampler: One of :mod:`sb3_flow.common.samplers`
         :param sigma: Standard deviation of the noise of one step, for the samplers that add one
         :return: (batch, action_dim)
         """
-        integrate = SAMPLERS[sampler]
-        if integrate is euler and type(self.timestep_embedding) is TimestepEmbedding and runs_in_place(features, noise):
+        if sampler == "euler" and type(self.timestep_embedding) is TimestepEmbedding and runs_in_place(features, noise):
             actions = self._euler_in_place(features, noise, n_flow_steps)
             if actions is not None:
                 return actions
@@ -234,7 +233,7 @@ class FlowNetwork(nn.Module):
             field = unit_variance_field(field, self.prediction_type)
             # The noise has this standard deviation in x
             sigmas = [sigma / standard_normal_std(t - 1 / n_flow_steps) for t in sampler_grid(n_flow_steps)]
-        return integrate(field, noise, n_flow_steps, sigmas, timestep_range(self.prediction_type))
+        return integrate(sampler, field, noise, n_flow_steps, sigmas, timestep_range(self.prediction_type))
 
     def sample_chain(self, features: th.Tensor, noise: th.Tensor, step_noise: th.Tensor) -> th.Tensor:
         """

@@ -1,9 +1,9 @@
 """
 Samplers: integrate the velocity field from noise (t = 1) to the action (t = 0).
 
-A sampler is a function ``(field, x, n_flow_steps, sigma, kinks) -> actions``, with ``field(x, t)`` the velocity of ``x``
-at the time ``t``, a float. Adding one to ``SAMPLERS`` makes it available to every policy. Policies with a skip connection are
-sampled in other coordinates, see :func:`unit_variance_field`.
+A sampler is a function of a field, where ``field(x, t)`` is the velocity of ``x`` at the time ``t``, a float, of the noise and
+of the number of steps; :func:`integrate` finds it by its name. Policies with a skip connection are sampled in other
+coordinates, see :func:`unit_variance_field`.
 
 ================= =========================== ================ =========
 Sampler           Method                      Evaluations      Order
@@ -22,7 +22,6 @@ Those after the first two are torchdiffeq's (https://github.com/rtqichen/torchdi
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,21 +40,18 @@ from sb3_flow.common.flow import (
 VelocityField = Callable[[th.Tensor, float], th.Tensor]
 #: Standard deviation of the noise of a step, or of each of them
 Sigma = float | Sequence[float]
-Sampler = Callable[[VelocityField, th.Tensor, int, Sigma, Iterable[float]], th.Tensor]
 
 #: Relative and absolute tolerance of "dopri5", for the root mean square of the errors of a batch.
 TOLERANCE = 1e-5
 
 
-def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: Sigma = 0.0, kinks: Iterable[float] = ()) -> th.Tensor:
+def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int) -> th.Tensor:
     """
     Euler's method, with steps of equal length.
 
     :param field: Velocity field
     :param x: Noise, (batch, action_dim)
     :param n_flow_steps: Number of steps
-    :param sigma: Not used: Euler's method is deterministic given the noise
-    :param kinks: Not used: a method of order one does not suffer from them
     :return: Raw actions, (batch, action_dim)
     """
     for t in sampler_grid(n_flow_steps):
@@ -63,9 +59,7 @@ def euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: Sigma = 
     return x
 
 
-def stochastic_euler(
-    field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: Sigma = 0.0, kinks: Iterable[float] = ()
-) -> th.Tensor:
+def stochastic_euler(field: VelocityField, x: th.Tensor, n_flow_steps: int, sigma: Sigma) -> th.Tensor:
     """
     Euler's method with Gaussian noise of a fixed standard deviation added at every step,
     the denoising chain of DPPO (https://arxiv.org/abs/2409.00588) as the authors of FPO run it.
@@ -74,7 +68,6 @@ def stochastic_euler(
     :param x: Noise, (batch, action_dim)
     :param n_flow_steps: Number of steps
     :param sigma: Standard deviation of the noise of one step, or of each of them
-    :param kinks: Not used
     :return: Raw actions, (batch, action_dim)
     """
     for t, std in zip(sampler_grid(n_flow_steps), np.broadcast_to(sigma, n_flow_steps), strict=True):
@@ -138,24 +131,15 @@ def odeint(func: Callable[[th.Tensor, Any], Any], y0: Any, times: list[float], m
     return tuple(y[-1] for y in solution) if isinstance(y0, tuple) else solution[-1]
 
 
-def solve(
-    field: VelocityField,
-    x: th.Tensor,
-    n_flow_steps: int,
-    sigma: Sigma = 0.0,
-    kinks: Iterable[float] = (),
-    *,
-    method: str,
-) -> th.Tensor:
+def solve(method: str, field: VelocityField, x: th.Tensor, n_flow_steps: int, kinks: Iterable[float] = ()) -> th.Tensor:
     """
     A method of torchdiffeq, with steps of equal length or, if it is adaptive, of any length.
 
+    :param method: Name of the method, torchdiffeq's
     :param field: Velocity field
     :param x: Noise, (batch, action_dim)
     :param n_flow_steps: Number of steps, if the method is not adaptive
-    :param sigma: Not used: these methods are deterministic given the noise
     :param kinks: Times at which the field is not smooth, where a step ends too
-    :param method: Name of the method, torchdiffeq's
     :return: Raw actions, (batch, action_dim)
     :raises ImportError: if torchdiffeq is not installed
     """
@@ -163,16 +147,36 @@ def solve(
     return odeint(lambda t, y: field(y, float(t.detach())), x, times, method)
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "euler": euler,
-    "sde": stochastic_euler,
-    "midpoint": partial(solve, method="midpoint"),
-    "heun": partial(solve, method="heun2"),
-    "rk4": partial(solve, method="rk4"),
-    "dopri5": partial(solve, method="dopri5"),
-}
-#: Methods that choose their steps themselves
+#: Those of torchdiffeq, with the names that it has for them, and those that choose their steps themselves
+METHODS = {"midpoint": "midpoint", "heun": "heun2", "rk4": "rk4", "dopri5": "dopri5"}
 ADAPTIVE = ("dopri5",)
+SAMPLERS = ("euler", "sde", *METHODS)
+
+
+def integrate(
+    sampler: str,
+    field: VelocityField,
+    x: th.Tensor,
+    n_flow_steps: int,
+    sigma: Sigma = 0.0,
+    kinks: Iterable[float] = (),
+) -> th.Tensor:
+    """
+    Integrate from noise to actions with one of the samplers, which takes what it needs.
+
+    :param sampler: One of ``SAMPLERS``
+    :param field: Velocity field
+    :param x: Noise, (batch, action_dim)
+    :param n_flow_steps: Number of steps
+    :param sigma: Standard deviation of the noise of one step, or of each of them ("sde")
+    :param kinks: Times at which the field is not smooth, where methods of higher order are to end a step too
+    :return: Raw actions, (batch, action_dim)
+    """
+    if sampler == "euler":
+        return euler(field, x, n_flow_steps)
+    if sampler == "sde":
+        return stochastic_euler(field, x, n_flow_steps, sigma)
+    return solve(METHODS[sampler], field, x, n_flow_steps, kinks)
 
 
 def check_sampler(sampler: str, n_flow_steps: int, sigma: float = 0.0) -> None:
@@ -188,6 +192,6 @@ def check_sampler(sampler: str, n_flow_steps: int, sigma: float = 0.0) -> None:
     check_choice("sampler", sampler, SAMPLERS)
     to_int("n_flow_steps", n_flow_steps, at_least=1)
     to_float("sampler_sigma", sigma, NOT_NEGATIVE)
-    if sampler not in ("euler", "sde"):
+    if sampler in METHODS:
         # Before any work is lost
         odeint(lambda t, y: y, th.zeros(1), [1.0, 0.0], "euler")

@@ -11,7 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_flow.common.flow import standard_normal_std
-from sb3_flow.common.samplers import SAMPLERS, unit_variance_field
+from sb3_flow.common.samplers import euler, unit_variance_field
 from sb3_flow.plotting import BLUE, GREY, new_figure
 
 #: Flow times of the panels of the figure
@@ -69,7 +69,7 @@ def flow_paths(model: BaseAlgorithm, obs: np.ndarray, n_samples: int = 1000, n_t
 
     with th.no_grad():
         noise = th.randn(n_samples, int(np.prod(policy.action_space.shape)), device=policy.device)
-        points.append(SAMPLERS["euler"](recorded_field, noise, n_times, 0.0, ()))
+        points.append(euler(recorded_field, noise, n_times))
     # (the last one of Euler's method is after the last velocity)
     paths = th.stack(points).cpu().numpy()
     return _unscale(policy, paths) if policy.squash_output else paths
