@@ -145,7 +145,7 @@ class CategoricalValueFPO(FPO):
 class SeparateNormsFPO(FPO):
     """The gradients of the flow network and of the rest are clipped by themselves."""
 
-    def _backward(self, loss: th.Tensor) -> th.Tensor:
+    def _backward(self, loss: th.Tensor, only_critic: bool = False) -> th.Tensor:
         self.policy.optimizer.zero_grad()
         loss.backward()
         actor = set(self.policy.action_net.parameters())

@@ -51,7 +51,7 @@ SelfFPO = TypeVar("SelfFPO", bound="FPO")
 #: What the captured graph of an update depends on (beside the policy and its optimizer)
 IN_GRAPH = (
     "ent_coef", "vf_coef", "max_grad_norm", "bounds_loss_coef", "ratio_type", "trust_region", "cfm_loss_clip",
-    "log_ratio_clip", "normalize_advantage", "target_kl",
+    "log_ratio_clip", "normalize_advantage", "target_kl", "critic_learning_rate",
 )  # fmt: skip
 #: What arguments that only FPO has may be, all of them None too
 FLOATS = dict(cfm_loss_clip=POSITIVE, log_ratio_clip=POSITIVE, ema_decay=DECAY)

@@ -460,18 +460,19 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         :raises ValueError: if the gradient is not finite, before it changes the weights
         """
         # (a loss may be NaN without its gradient)
-        if not th.isfinite(self._backward(loss) + loss.detach()):
+        if not th.isfinite(self._backward(loss, self._only_critic) + loss.detach()):
             raise ValueError(not_finite({name: value.item() for name, value in statistics.items()}))
         self.policy.optimizer.step()
 
-    def _backward(self, loss: th.Tensor) -> th.Tensor:
+    def _backward(self, loss: th.Tensor, only_critic: bool = False) -> th.Tensor:
         """
         :param loss: Of a minibatch
+        :param only_critic: Whether the actor has no gradient
         :return: norm of its gradient, before the clipping
         """
         self.policy.optimizer.zero_grad()
         loss.backward()
-        if self._only_critic:
+        if only_critic:
             for parameter in self.policy.actor_parameters():
                 parameter.grad = None
         distributed.average_gradients(self.policy.parameters())
