@@ -155,7 +155,7 @@ def print_table() -> None:
             cells = [describe(task, result["modes"]) for result in results]
             if cells:
                 seeds = ", ".join(str(result["seed"]) for result in results)
-                rows.append([task, algo.upper(), seeds, *("; ".join(column) for column in zip(*cells, strict=True))])
+                rows.append([task, algo.upper(), seeds, *("; ".join(filter(None, column)) for column in zip(*cells, strict=True))])
     write_table(RESULTS.with_suffix(".csv"), ["Task", "Algorithm", "Seeds", "Modes", "Return, or success in %"], rows)
 
 
