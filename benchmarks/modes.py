@@ -155,7 +155,8 @@ def print_table() -> None:
             cells = [describe(task, result["modes"]) for result in results]
             if cells:
                 seeds = ", ".join(str(result["seed"]) for result in results)
-                rows.append([task, algo.upper(), seeds, *("; ".join(filter(None, column)) for column in zip(*cells, strict=True))])
+                modes, scores = ("; ".join(filter(None, column)) for column in zip(*cells, strict=True))
+                rows.append([task, algo.upper(), seeds, modes, scores])
     write_table(RESULTS.with_suffix(".csv"), ["Task", "Algorithm", "Seeds", "Modes", "Return, or success in %"], rows)
 
 
