@@ -127,37 +127,57 @@ def run(algo: str, task: str, seed: int, logs: Path) -> None:
     write_result(file, dict(algo=algo, task=task, **result | settings(algo, task), modes=modes, command=command))
 
 
-def describe(task: str, modes: dict[str, Any]) -> tuple[str, str]:
-    """Of one run: how evenly the modes are shared, and how good the policy is."""
+#: What the table has of a run, and with how many digits
+COLUMNS = {
+    "Kept": 0,
+    "Smallest share, %": 0,
+    "Return": 2,
+    "Best goal's return": 2,
+    "Success from zero noise, %": 1,
+    "Success, sampled, %": 1,
+}
+
+
+def describe(task: str, modes: dict[str, Any]) -> dict[str, float]:
+    """How evenly the modes of a run are shared, and how good the policy is: what there is of ``COLUMNS``."""
+    kept, smallest, score, best, deterministic, stochastic = COLUMNS
     if task == "two-peaks":
-        return f"{100 * min(modes['shares']):.0f}", f"{modes['mean_return']:.2f}"
+        shares = np.array(modes["shares"])
+        return {kept: (shares >= 0.2).sum(), smallest: 100 * shares.min(), score: modes["mean_return"]}
     if task in N_GOALS:
-        kept = f"{modes['n_goals_kept']} (min {100 * min(modes['shares']):.0f}, {modes['entropy']:.2f} bits)"
-        best = modes["best_goal_return"]
-        return kept, f"{modes['mean_return']:.2f}" + ("" if best is None else f" of {best:.2f}")
-    success = f"{100 * modes['deterministic_success_rate']:.1f} / {100 * modes['stochastic_success_rate']:.1f}"
-    if "saddle_row" not in modes:
-        return "", success
-    row = np.array(modes["saddle_row"])
-    # Of each cell, the smaller of the two shares
-    smaller = row.min(axis=1)
-    return f"{100 * (smaller >= 0.3).mean():.0f} (median {100 * np.median(smaller):.0f})", success
+        # (without a goal that is reached there is no best one)
+        of_goals = {} if modes["best_goal_return"] is None else {best: modes["best_goal_return"]}
+        of_goals |= {kept: modes["n_goals_kept"], smallest: 100 * min(modes["shares"])}
+        return of_goals | {score: modes["mean_return"]}
+    row = {
+        deterministic: 100 * modes["deterministic_success_rate"],
+        stochastic: 100 * modes["stochastic_success_rate"],
+    }
+    if "saddle_row" in modes:
+        # Of each cell, the smaller of the two shares
+        smaller = np.array(modes["saddle_row"]).min(axis=1)
+        row |= {kept: (smaller >= 0.3).sum(), smallest: 100 * smaller.min()}
+    return row
 
 
 def print_table() -> None:
-    """One row for each task and algorithm."""
+    """One row for each task and algorithm, with ranges over seeds."""
     rows = []
     for task in TASKS:
         for algo in ALGOS:
             files = sorted(RESULTS.glob(f"{task}-{algo}-seed*.json"))
             results = [json.loads(file.read_text()) for file in files]
             results = [result for result in results if is_done(algo, task, result["seed"])]
-            cells = [describe(task, result["modes"]) for result in results]
-            if cells:
-                seeds = ", ".join(str(result["seed"]) for result in results)
-                modes, scores = ("; ".join(filter(None, column)) for column in zip(*cells, strict=True))
-                rows.append([task, algo.upper(), seeds, modes, scores])
-    write_table(RESULTS.with_suffix(".csv"), ["Task", "Algorithm", "Seeds", "Modes", "Return, or success in %"], rows)
+            if not results:
+                continue
+            runs = [describe(task, result["modes"]) for result in results]
+            cells = []
+            for name, digits in COLUMNS.items():
+                values = [f"{value:.{digits}f}" for value in sorted(run[name] for run in runs if name in run)]
+                cells.append(" to ".join(dict.fromkeys(values[:1] + values[-1:])))
+            seeds = ", ".join(str(result["seed"]) for result in results)
+            rows.append([task, algo.upper(), seeds, *cells])
+    write_table(RESULTS.with_suffix(".csv"), ["Task", "Algorithm", "Seeds", *COLUMNS], rows)
 
 
 def draw(seed: int, logs: Path) -> None:
