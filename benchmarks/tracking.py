@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 from runs import ROOT, class_defaults, do_runs, has_result, provenance, train, write_result, write_table
 
+from sb3_flow.envs.tracking import CONDITIONINGS
+
 RESULTS = ROOT / "benchmarks" / "results" / "tracking"
 STEPS, SAVE_FREQ = 1_000_000, 50_000
 CLIPS = {
     "one": ["CMU_016_22"],
     "five": ["CMU_016_22", "CMU_016_31", "CMU_069_01", "CMU_069_04", "CMU_069_20"],
 }
-CONDITIONINGS = {"all": "", "root_hands": "-root_hands", "root": "-root"}
 TASKS = {f"{clips}-{conditioning}": (clips, conditioning) for clips in CLIPS for conditioning in CONDITIONINGS}
 ARMS = ("FPO", "FPO, paper", "PPO")
 SEEDS = (0, 1)

@@ -665,6 +665,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         flow = clone.policy.bc_flow
         model.policy.action_net.load_state_dict(flow.network.state_dict())
         model.policy.pi_features_extractor.load_state_dict(flow.features_extractor.state_dict())
+        # (a moving average begins there too)
         model.policy.load_actor(model.policy._actor().state_dict())
         model._n_pretrain_updates = clone._n_offline_updates
         return model

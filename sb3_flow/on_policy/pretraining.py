@@ -90,6 +90,7 @@ class ActorCloning(FlowBC):
     :param kwargs: See ``FlowBC``
     """
 
+    # (not a policy that can be chosen)
     policy: ActorPolicy  # type: ignore[assignment]
 
     def __init__(self, model: Any, ema_decay: float, **kwargs: Any):
