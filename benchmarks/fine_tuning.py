@@ -212,7 +212,8 @@ def print_table() -> None:
             rows.append([task, arm, ", ".join(str(result["seed"]) for result in results), *cells])
     of_mode = ["Start", "Lowest", "End"]
     header = ["Task", "Arm", "Seeds", *of_mode, *(f"{name}, sampled" for name in of_mode)]
-    write_table(RESULTS.with_suffix(".csv"), header, rows)
+    if rows:
+        write_table(RESULTS.with_suffix(".csv"), header, rows)
 
 
 def draw() -> None:

@@ -159,7 +159,8 @@ def print_table() -> None:
             rows.append([task, arm, ", ".join(str(result["seed"]) for result in results), *cells])
     of_mode = ["success in %", "success in % (0.25 m)", "tracked in %", "error in mm"]
     header = ["Task", "Arm", "Seeds", *of_mode, *(f"sampled: {name}" for name in of_mode)]
-    write_table(RESULTS.with_suffix(".csv"), header, rows)
+    if rows:
+        write_table(RESULTS.with_suffix(".csv"), header, rows)
 
 
 def main() -> None:
