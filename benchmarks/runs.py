@@ -117,9 +117,11 @@ def class_defaults(cls: Any) -> dict[str, str]:
     :param cls: Algorithm
     :return: what it and its "MlpPolicy" take where nothing is given
     """
-    classes = (cls, cls.policy_aliases["MlpPolicy"])
-    parameters = [parameter for part in classes for parameter in inspect.signature(part).parameters.values()]
-    return {parameter.name: str(parameter.default) for parameter in parameters if parameter.default is not parameter.empty}
+    policy_class = cls.policy_aliases["MlpPolicy"]
+    of_arguments = {name: str(value) for part in (cls, policy_class) for name, value in _defaults(part).items()}
+    # (its argument has None there)
+    net_arch = getattr(policy_class, "DEFAULT_NET_ARCH", None)
+    return of_arguments | ({} if net_arch is None else dict(default_net_arch=str(net_arch)))
 
 
 def has_result(file: Path, settings: dict[str, Any]) -> bool:
@@ -195,12 +197,11 @@ def with_defaults(hyperparameters: dict[str, Any]) -> dict[str, Any]:
 
     from sb3_flow import FPO
     from sb3_flow.fpo import MlpPolicy
-    from sb3_flow.on_policy.policies import DEFAULT_NET_ARCH
 
     policy_kwargs = hyperparameters.get("policy_kwargs", {})
     if isinstance(policy_kwargs, str):
         policy_kwargs = eval(policy_kwargs, dict(vars(rl_zoo3.exp_manager)))
-    policy_kwargs = {**_defaults(MlpPolicy), "net_arch": DEFAULT_NET_ARCH, **policy_kwargs}
+    policy_kwargs = {**_defaults(MlpPolicy), "net_arch": MlpPolicy.DEFAULT_NET_ARCH, **policy_kwargs}
     return {**_defaults(FPO), **hyperparameters, "policy_kwargs": policy_kwargs}
 
 

@@ -73,6 +73,15 @@ def test_what_a_result_depends_on(tmp_path):
     assert not runs.has_result(file, dict(settings=dict(defaults=defaults)))
 
 
+@pytest.mark.parametrize("algorithm", [sb3_flow.FPO, sb3_flow.DPPO, sb3_flow.FQL])
+def test_defaults_have_the_size_of_the_networks(monkeypatch, algorithm):
+    """Which is not in the signature."""
+    before = runs.class_defaults(algorithm)
+    monkeypatch.setattr(algorithm.policy_aliases["MlpPolicy"], "DEFAULT_NET_ARCH", [8])
+    assert algorithm("MlpPolicy", "Pendulum-v1").policy.net_arch == [8]
+    assert runs.class_defaults(algorithm) != before
+
+
 def test_what_is_planned():
     """Each run has hyperparameters, and what is not planned is not run."""
     for task in dmc.TASKS:

@@ -381,6 +381,8 @@ class OfflinePolicy(RescaledActionsPolicy):
 
     #: Those of the networks, in the order of their creation: "actor", "bc_flow", "critic", "critic_target", "value"
     network_names: ClassVar[tuple[str, ...]]
+    #: Numbers of units of the hidden layers
+    DEFAULT_NET_ARCH: ClassVar[list[int]] = [512, 512, 512, 512]
     bc_flow: BCFlow
     critic: EnsembleCritic
     critic_target: EnsembleCritic
@@ -416,7 +418,7 @@ class OfflinePolicy(RescaledActionsPolicy):
             normalize_images=normalize_images,
         )
         warn_if_too_wide(action_space)
-        self.net_arch = [512, 512, 512, 512] if net_arch is None else to_net_arch(net_arch, ("pi", "qf"))
+        self.net_arch = to_net_arch(self.DEFAULT_NET_ARCH if net_arch is None else net_arch, ("pi", "qf"))
         self.activation_fn = activation_fn
         self.n_critics = to_int("n_critics", n_critics, at_least=1)
         self.layer_norm = to_bool("layer_norm", layer_norm)

@@ -39,7 +39,7 @@ from sb3_flow.common.distributed_algorithm import DistributedOnPolicyAlgorithm, 
 from sb3_flow.common.save_load import CheckedLoad
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL
 from sb3_flow.offline.datasets import Dataset, dataset_name
-from sb3_flow.on_policy.policies import DEFAULT_NET_ARCH, FlowActorCriticPolicy
+from sb3_flow.on_policy.policies import FlowActorCriticPolicy
 
 if TYPE_CHECKING:
     from sb3_flow.flow_bc import FlowBC
@@ -658,7 +658,7 @@ class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
         ]:
             if value != wanted:
                 raise ValueError(f"`policy_kwargs`: `{name}` must be the clone's, {wanted}, it is {value}")
-        policy_kwargs = {**given, **of_clone, "net_arch": {**DEFAULT_NET_ARCH, **net_arch, "pi": flow_arch}}
+        policy_kwargs = {**given, **of_clone, "net_arch": {**policy_class.DEFAULT_NET_ARCH, **net_arch, "pi": flow_arch}}
         model = cls(alias, env, policy_kwargs=policy_kwargs, **kwargs)
         assert model.env is not None
         check_for_correct_spaces(model.env, clone.observation_space, clone.action_space)

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch as th
@@ -34,8 +34,6 @@ from sb3_flow.offline.policies import OfflinePolicy
 
 #: How raw actions are brought into the bounds.
 SQUASH_TYPES = ("clip", "tanh")
-#: Numbers of units of the hidden layers: the flow needs some to bring its inputs together, also behind a CNN
-DEFAULT_NET_ARCH: dict[str, list[int]] = dict(pi=[64, 64], vf=[256, 256])
 #: How far from the middle actions may be without a loss (``bounds_loss_coef``), in units of half the distance of the bounds,
 #: before they are squashed or clipped.
 SOFT_BOUNDS = {"tanh": 3.0, "clip": 1.5}
@@ -83,6 +81,8 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
     :raises ValueError: if an argument has no meaning for a flow policy or is out of its range
     """
 
+    #: Numbers of units of the hidden layers: the flow needs some to bring its inputs together, also behind a CNN
+    DEFAULT_NET_ARCH: ClassVar[dict[str, list[int]]] = dict(pi=[64, 64], vf=[256, 256])
     action_net: FlowNetwork
     #: Which dimensions have two finite bounds, and the soft bounds of all, in units of half the distance of the bounds
     _bounded: th.Tensor
@@ -135,7 +135,7 @@ class FlowActorCriticPolicy(RescaledActionsPolicy, ActorCriticPolicy):
             observation_space,
             action_space,
             lr_schedule,
-            to_net_arch(DEFAULT_NET_ARCH if net_arch is None else net_arch, ("pi", "vf")),
+            to_net_arch(self.DEFAULT_NET_ARCH if net_arch is None else net_arch, ("pi", "vf")),
             activation_fn,
             to_bool("ortho_init", ortho_init),
             features_extractor_class=features_extractor_class,
