@@ -1,6 +1,7 @@
 """Action chunks: sequences of a dataset and of a replay buffer, what is learned of them, and how they are executed."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_flow import FAWAC, FBRAC, FQL, IFQL, QC, FlowBC
 from sb3_flow.offline.buffers import OfflineBuffer
@@ -515,6 +516,33 @@ def test_images_and_dicts(algorithm, kind):
     assert actions.shape == (1, *model.action_space.shape)
     assert state[0].shape == (1, 3, *model.action_space.shape)
     assert np.array_equal(model.predict(obs, state)[0], state[0][:, 1])
+
+
+@pytest.mark.parametrize("algorithm", WITH_CHUNKS)
+def test_stacked_observations(algorithm):
+    """Chunks begin and end with stacks, in the dataset and online: of the same episode, and zeros before its start."""
+    numbers = np.arange(60, dtype=np.float32)[:, None]
+    data = dict(
+        observations=numbers + 1,
+        next_observations=numbers + 2,
+        actions=np.zeros((60, 2), np.float32),
+        rewards=np.ones(60, np.float32),
+        terminations=np.zeros(60, bool),
+        truncations=np.arange(60) % 6 == 5,
+    )
+    env = VecFrameStack(DummyVecEnv([partial(CountingEnv, 6, start=1), partial(CountingEnv, 6, start=1001)]), 2)
+    kwargs = {} if algorithm is FlowBC else dict(learning_starts=0, buffer_size=200)
+    model = make_model(algorithm, env, dataset=data, **kwargs).learn_offline(2)
+    buffers = [model.offline_buffer]
+    if algorithm is not FlowBC:
+        buffers.append(model.learn(60).replay_buffer)
+    for buffer in buffers:
+        batch = buffer.sample(200)
+        (previous, first), (next_previous, last) = batch.observations.T, batch.next_observations.T
+        assert ((previous == first - 1) | (previous == 0)).all() and (previous == 0).any()
+        is_valid = batch.valid[:, -1] > 0
+        assert is_valid.any() and not is_valid.all()
+        assert (last == first + 3)[is_valid].all() and (next_previous == first + 2)[is_valid].all()
 
 
 @pytest.mark.parametrize("algorithm", ONLINE)

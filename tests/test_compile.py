@@ -112,6 +112,7 @@ def test_fpo_equals_the_eager_run(device, kwargs):
         {},
         dict(q_agg="min", normalize_q_loss=True, balanced_sampling=True, n_steps=3, learning_rate=lambda p: 1e-3 * p),
         dict(dataset_kwargs=dict(reward_scale=2.0, reward_shift=-1.0, validation=0.2), alpha=1.0, tau=0.1),
+        dict(chunk_size=3),
     ],
 )
 def test_fql_equals_the_eager_run(device, phases, kwargs):
