@@ -116,7 +116,7 @@ class DPPO(FlowOnPolicyAlgorithm):
     :param first_clip_range: Clipping parameter of the first step that is trained, from where that of the others grows to
         ``clip_range``, exponentially. That of all is ``clip_range`` if None.
     :param log_prob_reduction: How the log-likelihood of a step is reduced over the action dimensions: "sum", or "mean" (DPPO)
-    :param rollout_buffer_class: Rollout buffer class to use, a :class:`ChainRolloutBuffer`. If ``None``, it will be
+    :param rollout_buffer_class: Rollout buffer class to use, a :class:`.ChainRolloutBuffer`. If ``None``, it will be
         automatically selected.
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param target_kl: Limit the KL divergence between updates, because the clipping is not enough to prevent large update
@@ -133,7 +133,7 @@ class DPPO(FlowOnPolicyAlgorithm):
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
-    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`DPPOPolicy`
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`.DPPOPolicy`
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
         debug messages
     :param seed: Seed for the pseudo random generators

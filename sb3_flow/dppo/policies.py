@@ -197,7 +197,7 @@ class DPPOPolicy(FlowActorCriticPolicy):
 
 class DPPOCnnPolicy(DPPOPolicy):
     """
-    DPPO's policy for image observations: :class:`DPPOPolicy` (where the parameters are described)
+    DPPO's policy for image observations: :class:`.DPPOPolicy` (where the parameters are described)
     with a ``NatureCNN`` as the default features extractor.
     """
 
@@ -216,7 +216,7 @@ class DPPOCnnPolicy(DPPOPolicy):
 
 class DPPOMultiInputPolicy(DPPOPolicy):
     """
-    DPPO's policy for ``Dict`` observations: :class:`DPPOPolicy` (where the parameters are described)
+    DPPO's policy for ``Dict`` observations: :class:`.DPPOPolicy` (where the parameters are described)
     with a ``NormalizedCombinedExtractor`` as the default features extractor.
     """
 

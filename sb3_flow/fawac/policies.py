@@ -13,14 +13,14 @@ class FAWACPolicy(OfflinePolicy):
 
 class FAWACCnnPolicy(WithImages, FAWACPolicy):
     """
-    Policy class of FAWAC for image observations: :class:`FAWACPolicy` with a small IMPALA encoder as the default features
+    Policy class of FAWAC for image observations: :class:`.FAWACPolicy` with a small IMPALA encoder as the default features
     extractor.
     """
 
 
 class FAWACMultiInputPolicy(WithDict, FAWACPolicy):
     """
-    Policy class of FAWAC for ``Dict`` observations: :class:`FAWACPolicy` with a ``CombinedExtractor`` as the default features
+    Policy class of FAWAC for ``Dict`` observations: :class:`.FAWACPolicy` with a ``CombinedExtractor`` as the default features
     extractor.
     """
 

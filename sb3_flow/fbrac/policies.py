@@ -12,14 +12,14 @@ class FBRACPolicy(OfflinePolicy):
 
 class FBRACCnnPolicy(WithImages, FBRACPolicy):
     """
-    Policy class of FBRAC for image observations: :class:`FBRACPolicy` with a small IMPALA encoder as the default features
+    Policy class of FBRAC for image observations: :class:`.FBRACPolicy` with a small IMPALA encoder as the default features
     extractor.
     """
 
 
 class FBRACMultiInputPolicy(WithDict, FBRACPolicy):
     """
-    Policy class of FBRAC for ``Dict`` observations: :class:`FBRACPolicy` with a ``CombinedExtractor`` as the default features
+    Policy class of FBRAC for ``Dict`` observations: :class:`.FBRACPolicy` with a ``CombinedExtractor`` as the default features
     extractor.
     """
 

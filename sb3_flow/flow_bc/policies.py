@@ -26,14 +26,14 @@ class FlowBCPolicy(OfflinePolicy):
 
 class FlowBCCnnPolicy(WithImages, FlowBCPolicy):
     """
-    Policy class of FlowBC for image observations: :class:`FlowBCPolicy` with a small IMPALA encoder as the default features
+    Policy class of FlowBC for image observations: :class:`.FlowBCPolicy` with a small IMPALA encoder as the default features
     extractor.
     """
 
 
 class FlowBCMultiInputPolicy(WithDict, FlowBCPolicy):
     """
-    Policy class of FlowBC for ``Dict`` observations: :class:`FlowBCPolicy` with a ``CombinedExtractor`` as the default
+    Policy class of FlowBC for ``Dict`` observations: :class:`.FlowBCPolicy` with a ``CombinedExtractor`` as the default
     features extractor.
     """
 

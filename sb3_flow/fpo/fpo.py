@@ -127,7 +127,7 @@ class FPO(FlowOnPolicyAlgorithm):
         it over the whole rollout (FPO++)
     :param ent_coef: Entropy coefficient for the loss calculation. The entropy is that of the actions squashed by a tanh, which
         is largest when they fill the bounds. It is estimated by the likelihoods of the actions under the flow
-        (:meth:`FlowPolicy.exploration_log_likelihood`), but its gradient is taken with the ratio, so that it is one only with
+        (:meth:`.FlowPolicy.exploration_log_likelihood`), but its gradient is taken with the ratio, so that it is one only with
         ``cfm_loss="elbo"`` and baseline actions
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping. If None, the gradient is not clipped.
@@ -170,7 +170,7 @@ class FPO(FlowOnPolicyAlgorithm):
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
-    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`FlowPolicy`
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`.FlowPolicy`
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
         debug messages
     :param seed: Seed for the pseudo random generators

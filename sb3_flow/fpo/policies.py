@@ -71,7 +71,7 @@ class FlowPolicy(FlowActorCriticPolicy):
     :param output_scale: Factor on the output of the flow network
     :param skip_connection: Whether the network only learns the difference from the flow that leaves a standard normal
         distribution as it is: then a new policy is a standard Gaussian, and its CFM loss close to its least. For
-        ``n_baseline_actions`` in :class:`FPO`: without them, only one of two equally good actions is kept.
+        ``n_baseline_actions`` in :class:`.FPO`: without them, only one of two equally good actions is kept.
         (The authors' code has none.)
     :param sampler: "euler", "sde" (stochastic Euler), or, with the extra ``solvers``, "midpoint", "heun", "rk4" or "dopri5"
         (adaptive: ``n_flow_steps`` has no meaning for it), see :mod:`sb3_flow.common.samplers`.
@@ -79,7 +79,7 @@ class FlowPolicy(FlowActorCriticPolicy):
     :param sampler_sigma: Standard deviation of the noise that the "sde" sampler adds at each step
     :param action_perturbation_std: Standard deviation of the Gaussian noise added to the raw actions
         during training (exploration); predictions are not perturbed
-    :param ema_decay: Decay of the exponential moving average of the actor that predicts, see :class:`FPO`.
+    :param ema_decay: Decay of the exponential moving average of the actor that predicts, see :class:`.FPO`.
         No average is kept if None.
     :param normalize_values: Whether the value network learns values that are normalized by the returns (PopArt)
     :param timestep_embedding_dim: Number of features of the timestep, sines and cosines (authors' code), or 0 for the timestep
@@ -121,7 +121,7 @@ class FlowPolicy(FlowActorCriticPolicy):
         self.action_perturbation_std = to_float("action_perturbation_std", action_perturbation_std, NOT_NEGATIVE)
         # Arguments of the constructor that set_sampler() has changed
         self.changed_sampler: dict[str, Any] = {}
-        #: Whether :meth:`forward` runs as a CUDA graph where it can, see ``compile`` of :class:`FPO`
+        #: Whether :meth:`forward` runs as a CUDA graph where it can, see ``compile`` of :class:`.FPO`
         self.captures_forward = False
         self._graphs = Graphs()
 
@@ -328,7 +328,7 @@ class FlowPolicy(FlowActorCriticPolicy):
         network, and no gradient flows through it. Needs the extra ``solvers``.
 
         :param obs: Observation, a tensor (see ``obs_to_tensor``)
-        :param actions: Raw actions, (batch, action_dim), see :meth:`scale_action`
+        :param actions: Raw actions, (batch, action_dim), see ``scale_action``
         :param divergence: "exact" or, for many action dimensions, "hutchinson"
         :param n_probes: Number of random vectors of Hutchinson's estimate
         :return: (batch,)
@@ -441,7 +441,7 @@ def _average(averages: list[th.Tensor], values: list[th.Tensor], n_averaged: int
 
 class FlowCnnPolicy(FlowPolicy):
     """
-    Flow policy for image observations: :class:`FlowPolicy` (where the parameters are described)
+    Flow policy for image observations: :class:`.FlowPolicy` (where the parameters are described)
     with a ``NatureCNN`` as the default features extractor.
     """
 
@@ -460,7 +460,7 @@ class FlowCnnPolicy(FlowPolicy):
 
 class FlowMultiInputPolicy(FlowPolicy):
     """
-    Flow policy for ``Dict`` observations: :class:`FlowPolicy` (where the parameters are described)
+    Flow policy for ``Dict`` observations: :class:`.FlowPolicy` (where the parameters are described)
     with a ``NormalizedCombinedExtractor`` as the default features extractor.
     """
 

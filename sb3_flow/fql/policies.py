@@ -29,14 +29,14 @@ class FQLPolicy(OfflinePolicy):
 
 class FQLCnnPolicy(WithImages, FQLPolicy):
     """
-    Policy class of FQL for image observations: :class:`FQLPolicy` with a small IMPALA encoder as the default features
+    Policy class of FQL for image observations: :class:`.FQLPolicy` with a small IMPALA encoder as the default features
     extractor.
     """
 
 
 class FQLMultiInputPolicy(WithDict, FQLPolicy):
     """
-    Policy class of FQL for ``Dict`` observations: :class:`FQLPolicy` with a ``CombinedExtractor`` as the default features
+    Policy class of FQL for ``Dict`` observations: :class:`.FQLPolicy` with a ``CombinedExtractor`` as the default features
     extractor.
     """
 

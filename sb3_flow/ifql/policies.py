@@ -15,14 +15,14 @@ class IFQLPolicy(BestOfSamplesPolicy):
 
 class IFQLCnnPolicy(WithImages, IFQLPolicy):
     """
-    Policy class of IFQL for image observations: :class:`IFQLPolicy` with a small IMPALA encoder as the default features
+    Policy class of IFQL for image observations: :class:`.IFQLPolicy` with a small IMPALA encoder as the default features
     extractor.
     """
 
 
 class IFQLMultiInputPolicy(WithDict, IFQLPolicy):
     """
-    Policy class of IFQL for ``Dict`` observations: :class:`IFQLPolicy` with a ``CombinedExtractor`` as the default features
+    Policy class of IFQL for ``Dict`` observations: :class:`.IFQLPolicy` with a ``CombinedExtractor`` as the default features
     extractor.
     """
 

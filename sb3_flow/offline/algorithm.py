@@ -68,7 +68,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     """
     The base of algorithms that learn a flow policy from a dataset: offline (:meth:`learn_offline`), offline and then online
     (``offline_steps``, or :meth:`learn` after :meth:`learn_offline`), or online from nothing (:meth:`learn` without a
-    dataset). It is for them to say what the losses of a batch are (:meth:`_losses`).
+    dataset). It is for them to say what the losses of a batch are (``_losses``).
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)

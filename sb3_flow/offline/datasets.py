@@ -437,7 +437,7 @@ def load_dataset(
         - the path of a ``.pkl`` file that holds one of the following, with ``allow_pickle=True``
         - arrays or tensors by name (a dictionary, a table of pandas), one of it for each episode, or a list of
           transitions, each a dictionary: see :mod:`sb3_flow.offline.layouts` for the names
-        - a replay buffer of SB3, or :class:`Transitions`
+        - a replay buffer of SB3, or :class:`.Transitions`
     :param allow_pickle: Whether pickles may be loaded. This runs code from the file: only for files you trust.
     :param reward_scale: Factor of all rewards
     :param reward_shift: Added to all rewards after that (-1 for the antmaze datasets of D4RL, as is usual)

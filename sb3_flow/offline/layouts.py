@@ -1,5 +1,5 @@
 """
-What the arrays of a dataset are called, and what that means: one table, :data:`NAMES`, of the names that public datasets
+What the arrays of a dataset are called, and what that means: one table, ``NAMES``, of the names that public datasets
 and libraries write.
 
 Two things are told apart. Where an episode *terminated*, there is nothing to bootstrap from. Where it only *ended* (a time
@@ -163,7 +163,7 @@ class Recognised(NamedTuple):
     """
     What a dataset was found to be.
 
-    :param arrays: The arguments of :meth:`Transitions.from_arrays`
+    :param arrays: The arguments of :meth:`.Transitions.from_arrays`
     :param ambiguous: Name of the flags of terminations that may include time-outs, and do if they mark every end
     """
 
@@ -187,7 +187,7 @@ def recognise(data: Mapping[Any, Any], is_episode: bool | None = False, need_rew
     :param is_episode: Whether it is known to be one episode, which ends in the last row. If None, it is one unless it has
         flags, or next observations.
     :param need_rewards: Whether there must be rewards. If not, they are zeros where there are none.
-    :return: the arguments of :meth:`Transitions.from_arrays`
+    :return: the arguments of :meth:`.Transitions.from_arrays`
     :raises ValueError: if something is missing, contradicts something else, or is not known and looks like an end flag
     """
     named = _names(data)

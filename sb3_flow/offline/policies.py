@@ -617,7 +617,7 @@ class BestOfSamplesPolicy(OfflinePolicy):
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param n_samples: Number of samples that the critics choose from
-    :param kwargs: Further ones of :class:`OfflinePolicy`
+    :param kwargs: Further ones of :class:`.OfflinePolicy`
     """
 
     #: How the critics are put together

@@ -77,8 +77,8 @@ def select_observations(observations: PyTorchObs, indices: th.Tensor | slice) ->
 class FlowOnPolicyAlgorithm(CheckedLoad, DistributedOnPolicyAlgorithm):
     """
     The base of algorithms that update a flow policy as PPO does, each with a ratio of its own in place of PPO's likelihood
-    ratio. It is for them to say what a rollout is to their updates (:meth:`_to_rollout`), what the policy that collected it
-    makes of it (:meth:`_evaluate_old_policy`), and the losses of a minibatch (:meth:`_losses`).
+    ratio. It is for them to say what a rollout is to their updates (``_to_rollout``), what the policy that collected it
+    makes of it (``_evaluate_old_policy``), and the losses of a minibatch (``_losses``).
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)

@@ -13,14 +13,14 @@ class QCPolicy(BestOfSamplesPolicy):
 
 class QCCnnPolicy(WithImages, QCPolicy):
     """
-    Policy class of QC for image observations: :class:`QCPolicy` with a small IMPALA encoder as the default features
+    Policy class of QC for image observations: :class:`.QCPolicy` with a small IMPALA encoder as the default features
     extractor.
     """
 
 
 class QCMultiInputPolicy(WithDict, QCPolicy):
     """
-    Policy class of QC for ``Dict`` observations: :class:`QCPolicy` with a ``CombinedExtractor`` as the default features
+    Policy class of QC for ``Dict`` observations: :class:`.QCPolicy` with a ``CombinedExtractor`` as the default features
     extractor.
     """
 
