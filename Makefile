@@ -1,5 +1,5 @@
 SHELL = /bin/bash
-LINT_PATHS = sb3_flow tests benchmarks setup.py docs/conf.py
+LINT_PATHS = sb3_flow tests benchmarks conftest.py setup.py docs/conf.py
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
