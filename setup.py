@@ -38,10 +38,14 @@ setup(
     author="The sb3-flow developers",
     license="MIT",
     keywords="reinforcement-learning flow-matching stable-baselines3 pytorch robotics",
-    # The hyperparameters stay at the top of the checkout, and are installed inside the package
-    packages=[*find_packages(include=["sb3_flow", "sb3_flow.*"]), "sb3_flow.hyperparams"],
-    package_dir={"sb3_flow.hyperparams": "hyperparams"},
-    package_data={"sb3_flow": ["py.typed", "version.txt"], "sb3_flow.hyperparams": ["*.yml"]},
+    # Hyperparameters and trained agents stay at the top of the checkout, and are installed inside the package
+    packages=[*find_packages(include=["sb3_flow", "sb3_flow.*"]), "sb3_flow.hyperparams", "sb3_flow.trained_agents"],
+    package_dir={"sb3_flow.hyperparams": "hyperparams", "sb3_flow.trained_agents": "trained_agents"},
+    package_data={
+        "sb3_flow": ["py.typed", "version.txt"],
+        "sb3_flow.hyperparams": ["*.yml"],
+        "sb3_flow.trained_agents": ["**/*"],
+    },
     python_requires=">=3.10",
     install_requires=["stable-baselines3>=2.9.0,<3", "torch>=2.8,<3", "gymnasium>=1.0,<2", "numpy>=1.24"],
     extras_require=extras,

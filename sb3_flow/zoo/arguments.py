@@ -113,8 +113,8 @@ def device(text: str) -> str:
 
 
 def folder(text: str) -> str:
-    """Type of a folder to read."""
-    if not Path(text).is_dir():
+    """Type of a folder to read. (Where it was not asked for, it need not be there.)"""
+    if not isinstance(text, Default) and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"the {text!r} folder was not found{_or_what_it_is(text)}, expected a log folder")
     return text
 

@@ -20,6 +20,7 @@ from sb3_flow.zoo import EVALUATED_WITH_NOISE
 from sb3_flow.zoo.errors import InputError, did_you_mean, user_input
 from sb3_flow.zoo.hyperparams import check_trained_agent
 from sb3_flow.zoo.runs import Run, SavedModel, latest_run_id, load_pickle, written_whole
+from sb3_flow.zoo.trained_agents import is_trained_agent
 
 
 def find_model(
@@ -161,7 +162,8 @@ def evaluate(
     env_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    Evaluate the model of a run, and leave the result in ``evaluation.json`` in the folder of the run.
+    Evaluate the model of a run, and leave the result in ``evaluation.json`` in the folder of the run (but for an agent that
+    comes with the package, whose own evaluation is there).
 
     :param algo: Name of the algorithm
     :param env: Environment id
@@ -173,7 +175,7 @@ def evaluate(
     :param seed: Seed of the environment and of the actions
     :param device: PyTorch device
     :param env_kwargs: Arguments of the environment that are not those of the training
-    :return: what is in evaluation.json: mean and standard deviation of the return, and how they were obtained
+    :return: the result: mean and standard deviation of the return, and how they were obtained
     :raises InputError: if there is no such run, or a file of it is damaged
     """
     if n_eval_episodes < 1:
@@ -208,6 +210,7 @@ def evaluate(
         num_timesteps=model.num_timesteps,
         model=str(model_path),
     )
-    with written_whole(model_path.parent) as unfinished:
-        (unfinished / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    if not is_trained_agent(model_path.parent):
+        with written_whole(model_path.parent) as unfinished:
+            (unfinished / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -9,13 +9,14 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.monitor import load_results
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE
-from sb3_flow.zoo.arguments import KeyValue, device, folder, integer, new_folder, rl_zoo3_arguments, seed
+from sb3_flow.zoo.arguments import Default, KeyValue, device, folder, integer, new_folder, rl_zoo3_arguments, seed
 from sb3_flow.zoo.commands.common import check_env, trained_agent_parser
 from sb3_flow.zoo.errors import InputError, user_input
 
@@ -50,11 +51,14 @@ def enjoy() -> None:
 
 def record_video() -> None:
     """rl-zoo3's record_video: a video of a trained agent, in the folder of its run."""
+    from sb3_flow.zoo.trained_agents import is_trained_agent
 
     def check(args: argparse.Namespace) -> None:
         for package in ("moviepy", "pygame"):
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        if args.output_folder is None and is_trained_agent(Path(args.folder)):
+            args.output_folder = "videos"
 
     # It has no --gym-packages
     packages = ("--gym-packages", dict(nargs="+", default=[], help="Packages to import, for their environments"))
@@ -68,10 +72,12 @@ def _run_with_trained_agent(
 ) -> None:
     from sb3_flow.zoo import patches
     from sb3_flow.zoo.evaluate import load_run
+    from sb3_flow.zoo.trained_agents import folder_with_run
 
     def check(args: argparse.Namespace) -> None:
         env_id = args.env.gym_id
         check_env(env_id, args.gym_packages, env_kwargs=args.env_kwargs)
+        args.folder = folder_with_run(args.algo, env_id, args.folder)
         # rl-zoo3 does the same again, without checks
         which = dict(load_checkpoint=args.load_checkpoint, load_last_checkpoint=args.load_last_checkpoint)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -81,7 +87,7 @@ def _run_with_trained_agent(
             args.stochastic = True
         loading.enter_context(patches.without_replay_buffer(args.algo))
 
-    arguments = rl_zoo3_arguments(check, AGENT_TYPES, dict(folder="logs"), options)
+    arguments = rl_zoo3_arguments(check, AGENT_TYPES, dict(folder=Default("logs")), options)
     with contextlib.ExitStack() as loading, arguments, patches.mujoco_warnings_once(), patches.runs_with_uuid():
         program()
 
@@ -110,6 +116,7 @@ def evaluate() -> None:
     from sb3_flow.plotting.learning_curve import plot_learning_curve
     from sb3_flow.zoo.evaluate import evaluate as evaluate_run
     from sb3_flow.zoo.evaluate import find_model
+    from sb3_flow.zoo.trained_agents import is_trained_agent
 
     parser = trained_agent_parser(prog="sb3-flow evaluate", description=evaluate.__doc__)
     parser.add_argument("-n", "--n-eval-episodes", help="Number of episodes", default=10, type=integer(1))
@@ -130,11 +137,13 @@ def evaluate() -> None:
     args = vars(parser.parse_args())
     check_env(args["env"], args.pop("gym_packages"), env_kwargs=args["env_kwargs"])
     run_folder = find_model(args["algo"], args["env"], args["folder"], args["exp_id"], args["load_best"]).parent
-    # What the learning curve is drawn of, before the result is written
-    with user_input(f"logs of {run_folder}"):
-        load_results(str(run_folder))
-        if (run_folder / "evaluations.npz").is_file():
-            np.load(run_folder / "evaluations.npz").close()
+    has_logs = not is_trained_agent(run_folder)
+    if has_logs:
+        # What the learning curve is drawn of, before the result is written
+        with user_input(f"logs of {run_folder}"):
+            load_results(str(run_folder))
+            if (run_folder / "evaluations.npz").is_file():
+                np.load(run_folder / "evaluations.npz").close()
     result = evaluate_run(**args)
     kind = "deterministic" if result["deterministic"] else "stochastic"
     print(
@@ -143,5 +152,6 @@ def evaluate() -> None:
     )
     if result["success_rate"] is not None:
         print(f"Success rate: {100 * result['success_rate']:.0f} %")
-    figure = plot_learning_curve(run_folder, title=f"{args['algo'].upper()} on {args['env']}")
-    print(f"Learning curve: {figure}")
+    if has_logs:
+        figure = plot_learning_curve(run_folder, title=f"{args['algo'].upper()} on {args['env']}")
+        print(f"Learning curve: {figure}")

@@ -11,6 +11,7 @@ def export() -> None:
 
     from sb3_flow.export import FORMATS, export_policy
     from sb3_flow.zoo.evaluate import load_run
+    from sb3_flow.zoo.trained_agents import output_folder
 
     parser = trained_agent_parser("sb3-flow export", export.__doc__)
     parser.set_defaults(algo="fpo", env="HalfCheetah-v5", device="cpu")
@@ -20,6 +21,6 @@ def export() -> None:
     args = parser.parse_args()
     check_env(args.env, args.gym_packages)
     model, env, model_path = load_run(args.algo, args.env, args.folder, args.exp_id, args.load_best, args.seed, args.device)
-    path = args.output or model_path.with_suffix(FORMATS[args.format])
+    path = args.output or output_folder(model_path.parent) / f"{model_path.stem}{FORMATS[args.format]}"
     with user_input("argument --algo", ValueError):
         print(export_policy(model, path, args.format, args.deterministic, unwrap_vec_normalize(env)))

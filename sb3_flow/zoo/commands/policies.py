@@ -24,6 +24,7 @@ def plot_flow() -> None:
     from sb3_flow.plotting.flow import flow_policy
     from sb3_flow.plotting.flow import plot_flow as plot
     from sb3_flow.zoo.evaluate import load_run
+    from sb3_flow.zoo.trained_agents import output_folder
 
     parser = trained_agent_parser("sb3-flow plot-flow", plot_flow.__doc__)
     parser.set_defaults(algo="fpo", env="HalfCheetah-v5")
@@ -52,7 +53,7 @@ def plot_flow() -> None:
         normalization = unwrap_vec_normalize(env)
         obs = obs if normalization is None else normalization.normalize_obs(obs)
     where = f"at {args.obs}" if args.obs else f"after {args.steps} steps"
-    path = args.output or model_path.parent / "flow.png"
+    path = args.output or output_folder(model_path.parent) / "flow.png"
     with user_input("argument --algo", ValueError):
         flow_policy(model)
     with user_input("argument --dims", ValueError):
@@ -68,6 +69,7 @@ def plot_gridworld() -> None:
     from sb3_flow.plotting.gridworld import multimodality
     from sb3_flow.plotting.gridworld import plot_gridworld as plot
     from sb3_flow.zoo.evaluate import load_run
+    from sb3_flow.zoo.trained_agents import output_folder
 
     parser = trained_agent_parser("sb3-flow plot-gridworld", plot_gridworld.__doc__)
     parser.add_argument("--algo", help="RL Algorithms, a row of the figure for each", nargs="+", choices=list(ALGOS))
@@ -81,7 +83,7 @@ def plot_gridworld() -> None:
         if not env.has_attr("layout"):
             raise InputError(f"argument --env: found {args.env!r}, expected a GridWorld")
         layout = env.get_attr("layout")[0]
-        args.output = args.output or model_path.parent / "gridworld.png"
+        args.output = args.output or output_folder(model_path.parent) / "gridworld.png"
         normalization = unwrap_vec_normalize(env)
         models[algo.upper()] = model
         normalize[algo.upper()] = np.asarray if normalization is None else normalization.normalize_obs
