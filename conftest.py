@@ -34,6 +34,7 @@ SHORTER = {
     "optimize": ["-n", "200", "--n-trials", "1", "--max-total-trials", "1"],
     "plot-flow": ["--steps", "2"],
     "plot-train": ["--episode-window", "1"],
+    "push-to-hub": ["-n", "2"],
     "record-video": ["-n", "20"],
 }
 

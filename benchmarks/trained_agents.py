@@ -2,10 +2,11 @@
 The agents in trained_agents/, which come with the package: `python benchmarks/trained_agents.py`
 
 Each is one `sb3-flow train`, in a process of its own with one thread and seed 0 (the only one: none was chosen), then 100
-episodes as its algorithm is evaluated. What is left of a run is its model, without the state of its optimizers and replay buffer,
-its hyperparameters and options, and ``evaluation.json``: the command, returns, and the interval that the mean of five episodes is
-in (99.9 %, bootstrap). Those that are there are not trained again, unless their files are removed. Datasets of OGBench are in the
-folder DATASETS of the working directory (benchmarks/make_ogbench_data.py makes such ones, of 200,000 transitions).
+episodes as its algorithm is evaluated. What is left of a run is its model, without the state of its optimizers and replay
+buffer, its hyperparameters and options, and ``evaluation.json``: the command, returns, and the interval that the mean of five
+episodes is in (99.9 %, bootstrap). Those that are there are not trained again, unless their files are removed. Datasets of
+OGBench are in the folder DATASETS of the working directory (benchmarks/make_ogbench_data.py makes such ones, of 200,000
+transitions).
 """
 
 import argparse
@@ -18,7 +19,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from huggingface_sb3 import EnvironmentName
 from runs import ROOT, Job, provenance, run_jobs, write_result
 
@@ -62,39 +62,29 @@ AGENTS = [
 
 def train(agent: Agent, logs: Path) -> None:
     """One agent, in this process."""
-    from stable_baselines3.common.evaluation import evaluate_policy
-
-    from sb3_flow.zoo import EVALUATED_WITH_NOISE, cli
-    from sb3_flow.zoo.evaluate import load_run
+    from sb3_flow.zoo import cli
+    from sb3_flow.zoo.evaluate import evaluate, mean_interval
 
     source = provenance()
     command = f"sb3-flow train --algo {agent.algo} --env {agent.env} --seed 0 {agent.options}".rstrip()
-    sys.argv = [*shlex.split(command), "--num-threads", "1", "--device", "cpu", "--verbose", "0", "-f", str(logs)]
+    sys.argv = [
+        *shlex.split(command),
+        "--num-threads",
+        "1",
+        "--device",
+        "cpu",
+        "--verbose",
+        "0",
+        "--eval-freq",
+        "-1",
+        "-f",
+        str(logs),
+    ]
     cli.main()
-    model, env, path = load_run(agent.algo, agent.env, str(logs), device="cpu")
-    successes: list[bool] = []
-
-    def note_success(variables: dict[str, Any], _: Any) -> None:
-        if variables["done"] and "is_success" in variables["info"]:
-            successes.append(variables["info"]["is_success"])
-
-    deterministic = agent.algo not in EVALUATED_WITH_NOISE
-    evaluation = evaluate_policy(model, env, N_EPISODES, deterministic, callback=note_success, return_episode_rewards=True)
-    returns = np.array(evaluation[0])
-    means = np.random.default_rng(0).choice(returns, (100_000, N_FEW)).mean(axis=1)
-    result = dict(
-        command=command,
-        mean_return=float(returns.mean()),
-        std_return=float(returns.std()),
-        success_rate=float(np.mean(successes)) if successes else None,
-        returns=returns.tolist(),
-        interval_of_the_mean_of_5=np.quantile(means, [0.0005, 0.9995]).tolist(),
-        n_eval_episodes=N_EPISODES,
-        deterministic=deterministic,
-        seed=0,
-        num_timesteps=model.num_timesteps,
-    )
-    leave(agent, path, result | source)
+    result = evaluate(agent.algo, agent.env, str(logs), n_eval_episodes=N_EPISODES, device="cpu")
+    path = Path(result.pop("model"))
+    few = mean_interval(result["returns"], N_FEW, 0.999)
+    leave(agent, path, dict(command=command, interval_of_the_mean_of_5=few) | result | source)
 
 
 def leave(agent: Agent, model_path: Path, result: dict[str, Any]) -> None:

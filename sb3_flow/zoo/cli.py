@@ -15,6 +15,7 @@ from sb3_flow.zoo import register
 from sb3_flow.zoo.commands import agents, curves, policies, training
 from sb3_flow.zoo.commands.datasets import datasets
 from sb3_flow.zoo.commands.export import export
+from sb3_flow.zoo.commands.hub import load_from_hub, push_to_hub
 from sb3_flow.zoo.errors import InputError, did_you_mean, one_line
 
 COMMANDS: dict[str, Callable[[], None]] = {
@@ -31,6 +32,8 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "export": export,
     "plot-flow": policies.plot_flow,
     "plot-gridworld": policies.plot_gridworld,
+    "push-to-hub": push_to_hub,
+    "load-from-hub": load_from_hub,
 }
 #: Packages that the commands import when they need them
 OF_EXTRAS = ("matplotlib", "moviepy", "pandas", "plotly", "pygame", "pytablewriter", "rl_zoo3", "scipy", "seaborn")

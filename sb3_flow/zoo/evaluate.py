@@ -149,6 +149,17 @@ def load_run(
     return model, vec_env, model_path
 
 
+def mean_interval(values: Any, n: int | None = None, confidence: float = 0.95) -> list[float]:
+    """
+    :param values: Values of episodes
+    :param n: Number of episodes of a mean, as many as there are values if None
+    :param confidence: Confidence level
+    :return: bounds of the mean, by the bootstrap
+    """
+    means = np.random.default_rng(0).choice(values, (10_000, n or len(values))).mean(axis=1)
+    return [float(bound) for bound in np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])]
+
+
 def evaluate(
     algo: str,
     env: str,
@@ -201,6 +212,8 @@ def evaluate(
     result = dict(
         mean_return=float(np.mean(returns)),
         std_return=float(np.std(returns)),
+        mean_return_interval=mean_interval(returns),
+        returns=np.asarray(returns).tolist(),
         mean_length=float(np.mean(lengths)),
         success_rate=float(np.mean(successes)) if successes else None,
         n_eval_episodes=n_eval_episodes,

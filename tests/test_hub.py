@@ -1,0 +1,165 @@
+"""Trained agents as repositories of the Hugging Face Hub, without a network: a folder is one."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
+
+import huggingface_hub
+import huggingface_sb3
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from rl_zoo3.load_from_hub import download_from_hub
+
+from sb3_flow.zoo import cli
+from sb3_flow.zoo.evaluate import load_run
+
+PENDULUM = ["--algo", "fpo", "--env", "Pendulum-v1"]
+
+
+def sb3_flow_main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["sb3-flow", *map(str, args)])
+    cli.main()
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """That of a run with VecNormalize, its own hyperparameters and arguments of the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
+    sb3_flow_main(
+        monkeypatch, "train", *PENDULUM, "-n", 256, "--seed", 3, "--eval-freq", 128, "--eval-episodes", 2,
+        "--env-kwargs", "g:9.0", "-params", "n_envs:2", "n_steps:64", "batch_size:64", "normalize:True",
+    )  # fmt: skip
+    (tmp_path / "logs/fpo/Pendulum-v1_1/videos").mkdir()
+    (tmp_path / "logs/fpo/Pendulum-v1_1/videos/a.mp4").write_bytes(b"a video")
+    sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "-orga", "me", "-n", 3, "--dry-run")
+    return Path("hub/fpo-Pendulum-v1")
+
+
+def predictions(folder, exp_id):
+    model, env, _ = load_run("fpo", "Pendulum-v1", folder, exp_id)
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    assert env.get_attr("unwrapped")[0].g == 9.0
+    return model.predict(env.normalize_obs(observations), deterministic=True)[0]
+
+
+def test_model_card(repository):
+    """Algorithm, task, result with interval, commands, video, licence."""
+    card = ModelCard.load(repository / "README.md")
+    result = json.loads((repository / "results.json").read_text())
+    assert card.data.license == "mit" and "sb3-flow" in card.data.tags and "model" not in result
+    (evaluated,) = card.data.eval_results
+    assert (evaluated.dataset_name, card.data.model_name) == ("Pendulum-v1", "FPO") and len(result["returns"]) == 3
+    assert evaluated.metric_value == f"{result['mean_return']:.2f} +/- {result['std_return']:.2f}"
+    low, high = result["mean_return_interval"]
+    assert min(result["returns"]) <= low < result["mean_return"] < high <= max(result["returns"])
+    assert f"(95 % interval of the mean: {low:.2f} to {high:.2f}); 3 episodes, deterministic" in card.text.replace("\n", " ")
+    assert "sb3-flow load-from-hub --algo fpo --env Pendulum-v1 -orga me\n" in card.text
+    assert '<video src="replay.mp4"' in card.text and (repository / "replay.mp4").read_bytes() == b"a video"
+
+
+def test_training_command(repository, monkeypatch):
+    """That of the card makes the same model again."""
+    (command,) = re.findall(r"^sb3-flow train .*$", (repository / "README.md").read_text(), re.MULTILINE)
+    before = load_run("fpo", "Pendulum-v1")[0].policy.parameters_to_vector()
+    sb3_flow_main(monkeypatch, *shlex.split(command)[1:], "-f", "again", "--eval-freq", -1)
+    assert np.array_equal(load_run("fpo", "Pendulum-v1", "again")[0].policy.parameters_to_vector(), before)
+
+
+def test_load_from_a_folder(repository, monkeypatch):
+    """It is the same run, after the latest."""
+    load = ["load-from-hub", *PENDULUM, "--from-folder", repository]
+    sb3_flow_main(monkeypatch, *load)
+    assert np.array_equal(predictions("logs", 2), predictions("logs", 1))
+    for name in ("0.monitor.csv", "evaluations.npz"):
+        assert Path("logs/fpo/Pendulum-v1_2", name).read_bytes() == Path("logs/fpo/Pendulum-v1_1", name).read_bytes()
+    # Not in the place of another, unless it is meant
+    Path("logs/fpo/Pendulum-v1_2/note").touch()
+    with pytest.raises(SystemExit, match="Pendulum-v1_2 is there already, --force replaces it"):
+        sb3_flow_main(monkeypatch, *load, "--exp-id", 2)
+    assert Path("logs/fpo/Pendulum-v1_2/note").exists()
+    sb3_flow_main(monkeypatch, *load, "--exp-id", 2, "--force")
+    assert not Path("logs/fpo/Pendulum-v1_2/note").exists()
+    sb3_flow_main(monkeypatch, "evaluate", *PENDULUM, "-n", 1)
+
+
+@pytest.fixture
+def hub(repository, monkeypatch):
+    """A hub whose repositories are folders."""
+    repositories = Path("repositories")
+
+    class HfApi:
+        def create_repo(self, repo_id, exist_ok):
+            assert exist_ok
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, repositories / repo_id)
+
+    def hf_hub_download(repo_id, filename, **kwargs):
+        path = repositories / repo_id / filename
+        if not path.is_file():
+            raise EntryNotFoundError(f"there is no {filename}") if path.parent.is_dir() else ValueError("no such repository")
+        return str(path)
+
+    monkeypatch.setattr("sb3_flow.zoo.hub.HfApi", HfApi)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return repositories
+
+
+def test_push_and_load(hub, monkeypatch, capsys):
+    sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "-orga", "me", "-name", "mine", "-n", 2, "--license", "apache-2.0")
+    assert "Published: https://hub/me/mine" in capsys.readouterr().out
+    card = ModelCard.load(hub / "me/mine/README.md")
+    assert card.data.license == "apache-2.0" and "-orga me -name mine\n" in card.text
+    load = ["load-from-hub", *PENDULUM, "-orga", "me", "-name"]
+    # A model is a pickle
+    with pytest.raises(SystemExit, match="argument -orga/--organization: me/mine: .*TRUST_REMOTE_CODE"):
+        sb3_flow_main(monkeypatch, *load, "mine")
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+    sb3_flow_main(monkeypatch, *load, "mine", "-f", "elsewhere")
+    assert np.array_equal(predictions("elsewhere", 1), predictions("logs", 1))
+    with pytest.raises(SystemExit, match="argument -orga/--organization: me/another: no such repository"):
+        sb3_flow_main(monkeypatch, *load, "another")
+
+
+def test_rl_zoo3_takes_it(hub, repository, monkeypatch):
+    """What it knows of a repository is there."""
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+    shutil.copytree(repository, hub / "me" / repository.name)
+    download_from_hub("fpo", huggingface_sb3.EnvironmentName("Pendulum-v1"), 0, "zoo", "me")
+    assert np.array_equal(predictions("zoo", 1), predictions("logs", 1))
+
+
+def test_what_is_no_repository(repository, monkeypatch):
+    """One line each, and nothing is left."""
+    load = ["load-from-hub", "--from-folder", repository, "-f", "new"]
+    with pytest.raises(SystemExit, match="the repository has no fpo-Hopper-v5.zip: expected that of fpo on Hopper-v5"):
+        sb3_flow_main(monkeypatch, *load, "--algo", "fpo", "--env", "Hopper-v5")
+    shutil.copy(repository / "fpo-Pendulum-v1.zip", repository / "fpo-Hopper-v5.zip")
+    with pytest.raises(SystemExit, match="the repository has fpo on Pendulum-v1, expected fpo on Hopper-v5"):
+        sb3_flow_main(monkeypatch, *load, "--algo", "fpo", "--env", "Hopper-v5")
+    (repository / "args.yml").write_text(yaml.safe_dump([1]))
+    with pytest.raises(SystemExit, match="cannot be read"):
+        sb3_flow_main(monkeypatch, *load, *PENDULUM)
+    assert not list(Path("new").rglob("*.*"))
+    for args, message in [
+        (["push-to-hub", *PENDULUM], "argument -orga/--organization: expected the organization or user"),
+        (["push-to-hub", *PENDULUM, "-orga", "a/b"], "argument -orga/--organization: found 'a/b'"),
+        (["push-to-hub", *PENDULUM, "--dry-run", "--video", "missing.mp4"], "argument --video: found 'missing.mp4'"),
+        (["push-to-hub", *PENDULUM, "--dry-run", "-n", "1"], "argument -n/--n-eval-episodes: found 1"),
+        (["load-from-hub", *PENDULUM], "argument -orga/--organization: expected either"),
+        (["load-from-hub", *PENDULUM, "-orga", "me", "--from-folder", repository], "expected either"),
+        (["load-from-hub", *PENDULUM, "--from-folder", "logs"], "argument --from-folder: found 'logs'"),
+    ]:
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            sb3_flow_main(monkeypatch, *args)
