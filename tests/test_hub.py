@@ -123,7 +123,7 @@ def test_push_and_load(hub, monkeypatch, capsys):
     assert card.data.license == "apache-2.0" and "-orga me -name mine\n" in card.text
     load = ["load-from-hub", *PENDULUM, "-orga", "me", "-name"]
     # A model is a pickle
-    with pytest.raises(SystemExit, match="argument -orga/--organization: me/mine: .*TRUST_REMOTE_CODE"):
+    with pytest.raises(SystemExit, match=r"argument -orga/--organization: me/mine: .*TRUST_REMOTE_CODE"):
         sb3_flow_main(monkeypatch, *load, "mine")
     monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
     sb3_flow_main(monkeypatch, *load, "mine", "-f", "elsewhere")
@@ -143,7 +143,7 @@ def test_rl_zoo3_takes_it(hub, repository, monkeypatch):
 def test_what_is_no_repository(repository, monkeypatch):
     """One line each, and nothing is left."""
     load = ["load-from-hub", "--from-folder", repository, "-f", "new"]
-    with pytest.raises(SystemExit, match="the repository has no fpo-Hopper-v5.zip: expected that of fpo on Hopper-v5"):
+    with pytest.raises(SystemExit, match=r"the repository has no fpo-Hopper-v5\.zip: expected that of fpo on Hopper-v5"):
         sb3_flow_main(monkeypatch, *load, "--algo", "fpo", "--env", "Hopper-v5")
     shutil.copy(repository / "fpo-Pendulum-v1.zip", repository / "fpo-Hopper-v5.zip")
     with pytest.raises(SystemExit, match="the repository has fpo on Pendulum-v1, expected fpo on Hopper-v5"):
