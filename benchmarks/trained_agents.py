@@ -104,7 +104,9 @@ def leave(agent: Agent, model_path: Path, result: dict[str, Any]) -> None:
                 optimizer.state.clear()
         model.save(folder / f"{env_name}.zip")
         for file in ("args.yml", "config.yml"):
-            shutil.copy(model_path.parent / env_name / file, folder / env_name)
+            # (without the paths of this machine)
+            text = (model_path.parent / env_name / file).read_text().replace(f"{ROOT}/", "")
+            (folder / env_name / file).write_text(text)
         statistics = model_path.parent / env_name / "vecnormalize.pkl"
         if statistics.exists():
             shutil.copy(statistics, folder / env_name)

@@ -14,7 +14,7 @@ pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 import trained_agents as benchmark
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS, cli, trained_agents
+from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS, cli, register, register_envs, trained_agents
 from sb3_flow.zoo.evaluate import load_run
 
 #: What brings the environments
@@ -111,6 +111,8 @@ def test_returns(algo, env, monkeypatch, tmp_path):
     for name, package in NEEDED.items():
         if name in env_id:
             pytest.importorskip(package)
+    register()
+    register_envs(env_id)
     folder = trained_agents.trained_agents_folder()
     model, vec_env, path = load_run(algo, env_id, str(folder), device="cpu")
     mean, _ = evaluate_policy(model, vec_env, benchmark.N_FEW, deterministic=algo not in EVALUATED_WITH_NOISE)

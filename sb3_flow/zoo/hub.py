@@ -47,7 +47,8 @@ def package_run(
     with written_whole(folder) as unfinished:
         shutil.copy(model_path, unfinished / ModelName(run.algo, run.env_name).filename)
         for file in ("args.yml", "config.yml"):
-            shutil.copy(parameters / file, unfinished)
+            # (who published it is not for everyone to know)
+            (unfinished / file).write_text((parameters / file).read_text().replace(str(Path.home()), "~"))
         (unfinished / "env_kwargs.yml").write_text(yaml.safe_dump(run.args["env_kwargs"] or {}))
         if (parameters / STATISTICS[0]).is_file():
             shutil.copy(parameters / STATISTICS[0], unfinished / STATISTICS[1])
