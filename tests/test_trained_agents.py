@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
-import trained_agents as benchmark
+import make_trained_agents as benchmark
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS, cli, register, register_envs, trained_agents

@@ -1,5 +1,5 @@
 """
-The agents in trained_agents/, which come with the package: `python benchmarks/trained_agents.py`
+The agents in trained_agents/, which come with the package: `python benchmarks/make_trained_agents.py`
 
 Each is one `sb3-flow train`, in a process of its own with one thread and seed 0 (the only one: none was chosen), then 100
 episodes as its algorithm is evaluated. What is left of a run is its model, without the state of its optimizers and replay
