@@ -15,8 +15,20 @@ extras = {
     "envpool": [
         "envpool>=1.2.5,<2; python_version >= '3.11' and (sys_platform != 'darwin' or platform_machine == 'arm64')",
     ],
-    # rl-zoo3 needs pandas at the end of an optimisation, plotly for its figures, and moviepy and pygame for videos
-    "zoo": ["rl_zoo3>=2.9.0,<3", "optuna>=4.9", "filelock", "pandas", "plotly", "tqdm", "rich", "moviepy", "pygame-ce"],
+    # rl-zoo3 needs requests for its hub, which huggingface_hub no longer brings, pandas at the end of an optimisation, plotly for
+    # its figures, and moviepy and pygame for videos
+    "zoo": [
+        "rl_zoo3>=2.9.0,<3",
+        "requests",
+        "optuna>=4.9",
+        "filelock",
+        "pandas",
+        "plotly",
+        "tqdm",
+        "rich",
+        "moviepy",
+        "pygame-ce",
+    ],
     # A search of several machines
     "postgresql": ["psycopg[binary]>=3"],
     "solvers": ["torchdiffeq"],

@@ -95,6 +95,22 @@ def test_a_run_of_ones_own(agent, monkeypatch, capsys):
         sb3_flow_main(monkeypatch, *arguments, "-f", "logs")
 
 
+def test_without_matplotlib(agent, monkeypatch, capsys):
+    """The result is there, and what is not says why."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "matplotlib" else find_spec(name, *args)
+    )
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 1)
+    assert "(deterministic return, 1 episodes)" in capsys.readouterr().out
+    sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 1, "-f", "elsewhere")
+    assert (
+        'No learning curve: matplotlib is not installed, it comes with: pip install "sb3-flow[plots]"'
+        in capsys.readouterr().out
+    )
+
+
 def test_no_such_agent(agent, monkeypatch):
     """What there is, is named."""
     with pytest.raises(SystemExit, match=r"the 'logs' folder was not found.*trained agents of fpo are there for Pendulum-v1"):

@@ -113,7 +113,6 @@ def evaluate() -> None:
     """Evaluate a trained agent and draw its learning curve."""
     from rl_zoo3.utils import StoreDict
 
-    from sb3_flow.plotting.learning_curve import plot_learning_curve
     from sb3_flow.zoo.evaluate import evaluate as evaluate_run
     from sb3_flow.zoo.evaluate import find_model
     from sb3_flow.zoo.trained_agents import is_trained_agent
@@ -152,6 +151,10 @@ def evaluate() -> None:
     )
     if result["success_rate"] is not None:
         print(f"Success rate: {100 * result['success_rate']:.0f} %")
-    if has_logs:
+    if has_logs and importlib.util.find_spec("matplotlib") is None:
+        print('No learning curve: matplotlib is not installed, it comes with: pip install "sb3-flow[plots]"')
+    elif has_logs:
+        from sb3_flow.plotting.learning_curve import plot_learning_curve
+
         figure = plot_learning_curve(run_folder, title=f"{args['algo'].upper()} on {args['env']}")
         print(f"Learning curve: {figure}")
