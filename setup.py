@@ -15,8 +15,8 @@ extras = {
     "envpool": [
         "envpool>=1.2.5,<2; python_version >= '3.11' and (sys_platform != 'darwin' or platform_machine == 'arm64')",
     ],
-    # rl-zoo3 needs requests for its hub, which huggingface_hub no longer brings, pandas at the end of an optimisation, plotly for
-    # its figures, and moviepy and pygame for videos
+    # rl-zoo3 needs requests for its hub, which huggingface_hub no longer brings, pandas at the end of an optimisation, plotly
+    # for its figures, and moviepy and pygame for videos
     "zoo": [
         "rl_zoo3>=2.9.0,<3",
         "requests",
