@@ -573,10 +573,15 @@ def test_imports_are_lazy():
     assert outputs[0] == outputs[1]
 
 
-def test_wheel_holds_the_hyperparameters(tmp_path):
+def test_citation():
+    """Is that of the version."""
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == sb3_flow.__version__
+
+
+def test_wheel_holds_hyperparameters_and_agents(tmp_path):
     # From a copy, so that what an earlier build left behind does not matter
     source = tmp_path / "source"
-    for folder in ("sb3_flow", "hyperparams"):
+    for folder in ("sb3_flow", "hyperparams", "trained_agents"):
         shutil.copytree(ROOT / folder, source / folder)
     for file in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, source)
@@ -588,12 +593,15 @@ def test_wheel_holds_the_hyperparameters(tmp_path):
     # They are found from an installed wheel, anywhere
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    train = ["-m", "sb3_flow.zoo", "train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", "4", "--eval-freq", "-1"]
-    process = subprocess.run(
-        [sys.executable, *train, "-params", "n_steps:64"],
-        env=os.environ | {"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
+
+    def run(*args):
+        command = [sys.executable, "-m", "sb3_flow.zoo", *args]
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True).stdout
+
+    agent = "fpo/sb3_flow-GridWorld-v0_1/sb3_flow-GridWorld-v0.zip"
+    assert f"Loading {site / 'sb3_flow' / 'trained_agents' / agent}" in run(
+        "evaluate", "--algo", "fpo", "--env", "sb3_flow/GridWorld-v0", "-n", "1"
     )
-    assert f"Loading hyperparameters from: {site / 'sb3_flow' / 'hyperparams' / 'fpo.yml'}" in process.stdout
+    train = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", "4", "--eval-freq", "-1", "-params", "n_steps:64"]
+    assert f"Loading hyperparameters from: {site / 'sb3_flow' / 'hyperparams' / 'fpo.yml'}" in run(*train)
     assert Path("logs/fpo/Pendulum-v1_1/Pendulum-v1.zip").is_file()
