@@ -37,7 +37,18 @@ extras = {
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "plots": ["matplotlib", "rl_zoo3[plots]>=2.9.0,<3"],
     "docs": ["sphinx>=7", "furo", "sphinx-mathjax-offline", "sphinx-design"],
-    "tests": ["pytest", "pytest-xdist", "hypothesis", "sybil", "ruff", "black", "mypy", "tensorboard"],
+    "tests": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "sybil",
+        "papermill",
+        "ipykernel",
+        "ruff",
+        "black",
+        "mypy",
+        "tensorboard",
+    ],
 }
 extras["all"] = sorted({requirement for name in extras for requirement in extras[name]})
 
