@@ -73,7 +73,7 @@ def run_commands(example: Example) -> None:
 
 def check_options(words: list[str]) -> None:
     known = subprocess.run([sys.executable, *words[:1], "--help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    missing = [word for word in words if word.startswith("--") and word not in known]
+    missing = {word for word in words if word.startswith("--")} - set(re.findall(r"--[\w-]+", known))
     assert not missing, f"{words[0]} has no {missing}"
 
 
@@ -162,7 +162,10 @@ def enter_folder(namespace: dict[str, Any]) -> None:
 def leave_folder(namespace: dict[str, Any]) -> None:
     working_directory, home = namespace["_before"]
     os.chdir(working_directory)
-    os.environ["HOME"] = home
+    if home is None:
+        del os.environ["HOME"]
+    else:
+        os.environ["HOME"] = home
     namespace["_folder"].cleanup()
 
 

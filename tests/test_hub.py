@@ -7,16 +7,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
 import huggingface_hub
 import huggingface_sb3
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from rl_zoo3.load_from_hub import download_from_hub
 
 from sb3_flow.zoo import cli
@@ -102,8 +104,12 @@ def hub(repository, monkeypatch):
             assert exist_ok
             return f"https://hub/{repo_id}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            shutil.copytree(folder_path, repositories / repo_id)
+        def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns, delete_patterns):
+            (repositories / repo_id).mkdir(parents=True, exist_ok=True)
+            for name in delete_patterns:
+                (repositories / repo_id / name).unlink(missing_ok=True)
+            for name in allow_patterns:
+                shutil.copy(folder_path / name, repositories / repo_id)
 
     def hf_hub_download(repo_id, filename, **kwargs):
         path = repositories / repo_id / filename
@@ -132,6 +138,63 @@ def test_push_and_load(hub, monkeypatch, capsys):
         sb3_flow_main(monkeypatch, *load, "another")
 
 
+def test_no_network(hub, monkeypatch):
+    """Is not taken for a file that is not there."""
+
+    def fails(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(SystemExit, match="me/fpo-Pendulum-v1: no network"):
+        sb3_flow_main(monkeypatch, "load-from-hub", *PENDULUM, "-orga", "me")
+
+
+def test_only_what_belongs_to_it_is_published(hub, monkeypatch):
+    """Not what lies in its folder, and what an earlier one had is removed."""
+    (Path("hub/mine")).mkdir()
+    for name in ("secret.txt", "replay.mp4"):
+        Path("hub/mine", name).touch()
+    sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "-orga", "me", "-name", "mine", "-n", 2)
+    assert (hub / "me/mine/replay.mp4").read_bytes() == b"a video" and not (hub / "me/mine/secret.txt").exists()
+    shutil.rmtree("logs/fpo/Pendulum-v1_1/videos")
+    sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "-orga", "me", "-name", "mine", "-n", 2)
+    assert not (hub / "me/mine/replay.mp4").exists() and not Path("hub/mine/replay.mp4").exists()
+
+
+def test_the_best_model(repository, monkeypatch):
+    """With the statistics that it had, not those of the final one."""
+    run = Path("logs/fpo/Pendulum-v1_1")
+    env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
+    normalization = VecNormalize.load(run / "best_model_vecnormalize.pkl", env)
+    normalization.obs_rms.mean += 1
+    normalization.save(run / "best_model_vecnormalize.pkl")
+    sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "--load-best", "-n", 2, "--dry-run")
+    assert (repository / "vec_normalize.pkl").read_bytes() == (run / "best_model_vecnormalize.pkl").read_bytes()
+
+
+@pytest.mark.parametrize("file", ["fpo-Pendulum-v1.zip", "vec_normalize.pkl", "config.yml", "train_eval_metrics.zip"])
+def test_damaged(repository, monkeypatch, file):
+    """The run that was to be replaced is still there."""
+    (repository / file).write_bytes(b"- damaged")
+    with pytest.raises(SystemExit) as error:
+        sb3_flow_main(
+            monkeypatch, "load-from-hub", *PENDULUM, "--from-folder", repository, "--exp-id", 1, "--force"
+        )  # fmt: skip
+    assert error.value.code == 2 and ".unfinished" not in str(error.value)
+    assert len(predictions("logs", 1)) == 5 and not Path("logs/fpo/Pendulum-v1_2").exists()
+
+
+def test_what_a_command_cannot_say(repository, monkeypatch):
+    """Is said."""
+    params = ["n_envs:1", "n_steps:64", "batch_size:64", "policy_kwargs:dict(activation_fn=nn.ELU)"]
+    Path("mine.yml").write_text(yaml.safe_dump({"Pendulum-v1": dict(n_timesteps=64, policy="MlpPolicy", gamma=0.5)}))
+    sb3_flow_main(monkeypatch, "train", *PENDULUM, "-f", "mine", "-conf", "mine.yml", "--eval-freq", -1, "-params", *params)
+    sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "-f", "mine", "-n", 2, "--dry-run")
+    text = (repository / "README.md").read_text()
+    assert "# With the hyperparameters below, -params policy_kwargs\nsb3-flow train" in text and "'gamma': 0.5" in text
+
+
 def test_rl_zoo3_takes_it(hub, repository, monkeypatch):
     """What it knows of a repository is there."""
     monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
@@ -151,7 +214,7 @@ def test_what_is_no_repository(repository, monkeypatch):
     (repository / "args.yml").write_text(yaml.safe_dump([1]))
     with pytest.raises(SystemExit, match="cannot be read"):
         sb3_flow_main(monkeypatch, *load, *PENDULUM)
-    assert not list(Path("new").rglob("*.*"))
+    assert not [path for path in Path("new").rglob("*") if path.is_file()]
     for args, message in [
         (["push-to-hub", *PENDULUM], "argument -orga/--organization: expected the organization or user"),
         (["push-to-hub", *PENDULUM, "-orga", "a/b"], "argument -orga/--organization: found 'a/b'"),
@@ -160,6 +223,10 @@ def test_what_is_no_repository(repository, monkeypatch):
         (["load-from-hub", *PENDULUM], "argument -orga/--organization: expected either"),
         (["load-from-hub", *PENDULUM, "-orga", "me", "--from-folder", repository], "expected either"),
         (["load-from-hub", *PENDULUM, "--from-folder", "logs"], "argument --from-folder: found 'logs'"),
+        (["load-from-hub", *PENDULUM, "-orga", "me", "--force"], "argument --force: expected with --exp-id"),
+        (["load-from-hub", *PENDULUM, "--from-folder", repository, "-name", "x"], "argument -name/--repo-name: expected"),
+        (["push-to-hub", *PENDULUM, "--dry-run", "-name", "a..b"], "argument -name/--repo-name: found 'a..b'"),
+        (["push-to-hub", *PENDULUM, "--dry-run", "-o", "logs/fpo/Pendulum-v1_1/0.monitor.csv"], "argument -o/--output-folder"),
     ]:
         with pytest.raises(SystemExit, match=re.escape(message)):
             sb3_flow_main(monkeypatch, *args)

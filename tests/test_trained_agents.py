@@ -75,6 +75,15 @@ def test_without_a_run_of_ones_own(agent, monkeypatch, capsys):
     assert Path("flow.png").is_file() and list(Path("videos").glob("*.mp4"))
 
 
+def test_by_way_of_the_hub(agent, monkeypatch):
+    """It is a run without logs then."""
+    arguments = ["--algo", "fpo", "--env", "Pendulum-v1"]
+    sb3_flow_main(monkeypatch, "push-to-hub", *arguments, "-n", 2, "--dry-run")
+    sb3_flow_main(monkeypatch, "load-from-hub", *arguments, "--from-folder", "hub/fpo-Pendulum-v1")
+    sb3_flow_main(monkeypatch, "evaluate", *arguments, "-n", 1)
+    assert Path("logs/fpo/Pendulum-v1_1/evaluation.json").is_file()
+
+
 def test_a_run_of_ones_own(agent, monkeypatch, capsys):
     """Comes first, and a folder that was asked for is the one that is looked into."""
     shutil.copytree("elsewhere", "logs")
@@ -112,29 +121,39 @@ def test_without_matplotlib(agent, monkeypatch, capsys):
 
 
 def test_no_such_agent(agent, monkeypatch):
-    """What there is, is named."""
+    """What there is, is named. It is not taken for a certain run."""
+    for certain in (["--exp-id", 1], ["--load-best"]):
+        with pytest.raises(SystemExit, match="the 'logs' folder was not found"):
+            sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", "--env", "Pendulum-v1", *certain)
+    with pytest.raises(SystemExit, match="argument --env: found 'Pendulm-v1'"):
+        sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", "--env", "Pendulm-v1")
     with pytest.raises(SystemExit, match=r"the 'logs' folder was not found.*trained agents of fpo are there for Pendulum-v1"):
         sb3_flow_main(monkeypatch, "evaluate", "--algo", "fpo", "--env", "MountainCarContinuous-v0")
     with pytest.raises(SystemExit, match=r"the 'logs' folder was not found, expected a log folder$"):
         sb3_flow_main(monkeypatch, "evaluate", "--algo", "ppo", "--env", "Pendulum-v1")
 
 
+def test_agents():
+    """There are some, and each can be made again."""
+    agents = trained_agents.trained_agents()
+    assert agents and set(agents) <= {(agent.algo, agent.env) for agent in benchmark.AGENTS}
+
+
 @pytest.mark.parametrize(("algo", "env"), trained_agents.trained_agents())
 def test_returns(algo, env, monkeypatch, tmp_path):
     """Are those that were recorded."""
     monkeypatch.chdir(tmp_path)
-    env_id = next(agent.env for agent in benchmark.AGENTS if agent.folder.name == f"{env}_1")
     for name, package in NEEDED.items():
-        if name in env_id:
+        if name in env:
             pytest.importorskip(package)
     register()
-    register_envs(env_id)
+    register_envs(env)
     folder = trained_agents.trained_agents_folder()
-    model, vec_env, path = load_run(algo, env_id, str(folder), device="cpu")
+    model, vec_env, path = load_run(algo, env, str(folder), device="cpu")
     mean, _ = evaluate_policy(model, vec_env, benchmark.N_FEW, deterministic=algo not in EVALUATED_WITH_NOISE)
     recorded = json.loads((path.parent / "evaluation.json").read_text())
     low, high = recorded["interval_of_the_mean_of_5"]
     assert low <= mean <= high
     # (what made it)
-    assert recorded["command"].startswith(f"sb3-flow train --algo {algo} --env {env_id} ")
+    assert recorded["command"].startswith(f"sb3-flow train --algo {algo} --env {env} ")
     assert type(model) is FLOW_ALGOS[algo]

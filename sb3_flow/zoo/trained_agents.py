@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from huggingface_sb3 import EnvironmentName
 
 import sb3_flow
@@ -19,12 +20,12 @@ def trained_agents_folder() -> Path:
 
 
 def trained_agents() -> list[tuple[str, str]]:
-    """Algorithm and environment of each."""
-    configs = trained_agents_folder().glob("*/*/*/config.yml")
-    return sorted((config.parents[2].name, config.parent.name) for config in configs)
+    """Algorithm and environment id of each."""
+    options = [yaml.unsafe_load(path.read_text()) for path in trained_agents_folder().glob("*/*/*/args.yml")]
+    return sorted((args["algo"], args["env"]) for args in options)
 
 
-def folder_with_run(algos: str | Sequence[str], env: str, folder: str) -> str:
+def folder_with_run(algos: str | Sequence[str], env: str, folder: str, is_own: bool = False) -> str:
     """
     Where to look for a run: in the log folder that was asked for or, if none was asked for and there is none in the usual one,
     among the trained agents.
@@ -32,6 +33,7 @@ def folder_with_run(algos: str | Sequence[str], env: str, folder: str) -> str:
     :param algos: Name of the algorithm, or of several
     :param env: Environment id
     :param folder: Log folder, a :class:`.Default` if it was not asked for
+    :param is_own: Whether a certain run or model of it was asked for, which can only be one's own
     :return: log folder
     :raises InputError: if there is no such folder
     """
@@ -40,7 +42,7 @@ def folder_with_run(algos: str | Sequence[str], env: str, folder: str) -> str:
     algos, env_name = [algos] if isinstance(algos, str) else algos, EnvironmentName(env)
     if any(run_folders(Path(folder) / algo, env_name) or (Path(folder) / algo / f"{env_name}.zip").exists() for algo in algos):
         return str(folder)
-    if all(run_folders(trained_agents_folder() / algo, env_name) for algo in algos):
+    if not is_own and all(run_folders(trained_agents_folder() / algo, env_name) for algo in algos):
         print(f"No run of {' or '.join(algos)} on {env} in {folder}/: this is the agent that comes with sb3-flow")
         return str(trained_agents_folder())
     if not Path(folder).is_dir():

@@ -77,9 +77,10 @@ def _run_with_trained_agent(
     def check(args: argparse.Namespace) -> None:
         env_id = args.env.gym_id
         check_env(env_id, args.gym_packages, env_kwargs=args.env_kwargs)
-        args.folder = folder_with_run(args.algo, env_id, args.folder)
-        # rl-zoo3 does the same again, without checks
         which = dict(load_checkpoint=args.load_checkpoint, load_last_checkpoint=args.load_last_checkpoint)
+        is_own = args.exp_id != 0 or args.load_best or args.load_last_checkpoint or args.load_checkpoint is not None
+        args.folder = folder_with_run(args.algo, env_id, args.folder, is_own)
+        # rl-zoo3 does the same again, without checks
         with contextlib.redirect_stdout(io.StringIO()):
             load_run(args.algo, env_id, args.folder, args.exp_id, args.load_best, **which)[1].close()
         check_more(args)
@@ -115,7 +116,7 @@ def evaluate() -> None:
 
     from sb3_flow.zoo.evaluate import evaluate as evaluate_run
     from sb3_flow.zoo.evaluate import find_model
-    from sb3_flow.zoo.trained_agents import is_trained_agent
+    from sb3_flow.zoo.trained_agents import folder_with_run
 
     parser = trained_agent_parser(prog="sb3-flow evaluate", description=evaluate.__doc__)
     parser.add_argument("-n", "--n-eval-episodes", help="Number of episodes", default=10, type=integer(1))
@@ -135,8 +136,10 @@ def evaluate() -> None:
     )
     args = vars(parser.parse_args())
     check_env(args["env"], args.pop("gym_packages"), env_kwargs=args["env_kwargs"])
+    args["folder"] = folder_with_run(args["algo"], args["env"], args["folder"], args["exp_id"] != 0 or args["load_best"])
     run_folder = find_model(args["algo"], args["env"], args["folder"], args["exp_id"], args["load_best"]).parent
-    has_logs = not is_trained_agent(run_folder)
+    # (those of others may be without)
+    has_logs = any(run_folder.glob("*monitor.csv"))
     if has_logs:
         # What the learning curve is drawn of, before the result is written
         with user_input(f"logs of {run_folder}"):

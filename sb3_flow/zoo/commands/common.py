@@ -28,22 +28,11 @@ def base_parser(**kwargs) -> Parser:
     return parser
 
 
-class TrainedAgentParser(Parser):
-    """Without a log folder, and without a run of one's own, there may be a trained agent."""
-
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]  # (as that of Parser)
-        from sb3_flow.zoo.trained_agents import folder_with_run
-
-        parsed = super().parse_args(args, namespace)
-        parsed.folder = folder_with_run(parsed.algo, parsed.env, parsed.folder)
-        return parsed
-
-
 def trained_agent_parser(prog: str, description: str | None) -> Parser:
     """The options that tell which model of which run to load."""
     from rl_zoo3.utils import ALGOS
 
-    parser = TrainedAgentParser(prog=prog, description=description, conflict_handler="resolve")
+    parser = Parser(prog=prog, description=description, conflict_handler="resolve")
     parser.add_argument("--algo", help="RL Algorithm", default="ppo", choices=list(ALGOS))
     parser.add_argument("--env", help="environment ID", default="CartPole-v1")
     parser.add_argument("--gym-packages", help="Packages to import, for their environments", nargs="+", default=[])

@@ -11,15 +11,18 @@ def export() -> None:
 
     from sb3_flow.export import FORMATS, export_policy
     from sb3_flow.zoo.evaluate import load_run
-    from sb3_flow.zoo.trained_agents import output_folder
+    from sb3_flow.zoo.trained_agents import folder_with_run, output_folder
 
     parser = trained_agent_parser("sb3-flow export", export.__doc__)
     parser.set_defaults(algo="fpo", env="HalfCheetah-v5", device="cpu")
     parser.add_argument("--format", help="What runs it", choices=list(FORMATS), default="onnx")
     parser.add_argument("--deterministic", help="Act without noise, which is an input otherwise", action="store_true")
-    parser.add_argument("-o", "--output", help="File to write (default: in the folder of the run)", type=new_file)
+    parser.add_argument(
+        "-o", "--output", help="File to write (default: in the folder of the run, if it is one's own)", type=new_file
+    )
     args = parser.parse_args()
     check_env(args.env, args.gym_packages)
+    args.folder = folder_with_run(args.algo, args.env, args.folder, args.exp_id != 0 or args.load_best)
     model, env, model_path = load_run(args.algo, args.env, args.folder, args.exp_id, args.load_best, args.seed, args.device)
     path = args.output or output_folder(model_path.parent) / f"{model_path.stem}{FORMATS[args.format]}"
     with user_input("argument --algo", ValueError):

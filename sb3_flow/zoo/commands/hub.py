@@ -1,5 +1,6 @@
 """Trained agents on the Hugging Face Hub."""
 
+import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ from sb3_flow.zoo.errors import InputError
 
 def _name(text: str) -> str:
     """Type of the name of an organization or a repository, as the hub has them."""
-    if not re.fullmatch(r"\w[\w.-]*", text):
-        raise wrong(text, "letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"\w([\w.-]{0,94}\w)?", text, re.ASCII) or "--" in text or ".." in text:
+        raise wrong(text, "letters, digits, and single '-', '_' and '.' between them")
     return text
 
 
@@ -40,7 +41,8 @@ def push_to_hub() -> None:
     from huggingface_sb3 import EnvironmentName, ModelName
 
     from sb3_flow.zoo.evaluate import evaluate, find_model
-    from sb3_flow.zoo.hub import package_run, upload
+    from sb3_flow.zoo.hub import create_repository, package_run, upload
+    from sb3_flow.zoo.trained_agents import folder_with_run
 
     parser = trained_agent_parser("sb3-flow push-to-hub", push_to_hub.__doc__)
     _add_repository(parser)
@@ -58,18 +60,25 @@ def push_to_hub() -> None:
     check_env(args.env, args.gym_packages)
     name = args.repo_name or ModelName(args.algo, EnvironmentName(args.env))
     repo_id = f"{args.organization or 'ORGANIZATION'}/{name}"
+    args.folder = folder_with_run(args.algo, args.env, args.folder, args.exp_id != 0 or args.load_best)
     which = dict(algo=args.algo, env=args.env, folder=args.folder, exp_id=args.exp_id, load_best=args.load_best)
     model_path = find_model(**which)
     videos = (model_path.parent / "videos").glob("*.mp4")
     video = args.video or max(videos, key=lambda path: path.stat().st_mtime, default=None)
-    evaluation = evaluate(**which, n_eval_episodes=args.n_eval_episodes, seed=args.seed, device=args.device)
     repository = Path(args.output_folder) / name
-    package_run(model_path, repository, evaluation, repo_id, video, args.license)
-    print(f"{repository}: {', '.join(sorted(path.name for path in repository.iterdir()))}")
-    if args.dry_run:
+    try:
+        new_folder(str(repository))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"argument -o/--output-folder: {error}") from error
+    url = None if args.dry_run else create_repository(repo_id)
+    evaluation = evaluate(**which, n_eval_episodes=args.n_eval_episodes, seed=args.seed, device=args.device)
+    names = package_run(model_path, repository, evaluation, repo_id, video, args.license)
+    print(f"{repository}: {', '.join(names)}")
+    if url is None:
         print(f"Not published (--dry-run). sb3-flow load-from-hub --from-folder {repository} takes it")
     else:
-        print(f"Published: {upload(repository, repo_id, args.commit_message)}")
+        upload(repository, names, repo_id, args.commit_message)
+        print(f"Published: {url}")
 
 
 def load_from_hub() -> None:
@@ -91,6 +100,10 @@ def load_from_hub() -> None:
     args = parser.parse_args()
     if (args.organization is None) == (args.from_folder is None):
         raise InputError("argument -orga/--organization: expected either an organization or user of the hub, or --from-folder")
+    if args.from_folder is not None and args.repo_name is not None:
+        raise InputError("argument -name/--repo-name: expected without --from-folder, which is the repository")
+    if args.force and args.exp_id == 0:
+        raise InputError("argument --force: expected with --exp-id, the number of the run to replace")
     check_env(args.env, args.gym_packages)
     repo_id = f"{args.organization}/{args.repo_name or ModelName(args.algo, EnvironmentName(args.env))}"
     get = _downloads(repo_id) if args.from_folder is None else _reads(args.from_folder)
@@ -103,7 +116,7 @@ def _reads(folder: Path) -> Callable[[str], str | None]:
 
 def _downloads(repo_id: str) -> Callable[[str], str | None]:
     import huggingface_sb3
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     from sb3_flow.zoo.errors import user_input
 
@@ -111,6 +124,9 @@ def _downloads(repo_id: str) -> Callable[[str], str | None]:
         with user_input(f"argument -orga/--organization: {repo_id}"):
             try:
                 return huggingface_sb3.load_from_hub(repo_id, name)
+            except LocalEntryNotFoundError:
+                # (it was not found out, as there is no network)
+                raise
             except EntryNotFoundError:
                 return None
 

@@ -24,11 +24,13 @@ def plot_flow() -> None:
     from sb3_flow.plotting.flow import flow_policy
     from sb3_flow.plotting.flow import plot_flow as plot
     from sb3_flow.zoo.evaluate import load_run
-    from sb3_flow.zoo.trained_agents import output_folder
+    from sb3_flow.zoo.trained_agents import folder_with_run, output_folder
 
     parser = trained_agent_parser("sb3-flow plot-flow", plot_flow.__doc__)
     parser.set_defaults(algo="fpo", env="HalfCheetah-v5")
-    parser.add_argument("-o", "--output", help="PNG to write (default: in the folder of the run), and a GIF", type=_png)
+    parser.add_argument(
+        "-o", "--output", help="PNG to write (default: in the folder of the run, if it is one's own), and a GIF", type=_png
+    )
     observation = parser.add_mutually_exclusive_group()
     observation.add_argument("--obs", help="Observation (not normalized)", nargs="+", type=finite)
     observation.add_argument(
@@ -38,6 +40,7 @@ def plot_flow() -> None:
     parser.add_argument("--n-samples", help="Number of samples", default=1000, type=integer(1))
     args = parser.parse_args()
     check_env(args.env, args.gym_packages)
+    args.folder = folder_with_run(args.algo, args.env, args.folder, args.exp_id != 0 or args.load_best)
     model, env, model_path = load_run(args.algo, args.env, args.folder, args.exp_id, args.load_best, args.seed, args.device)
     obs: Any = env.reset()
     state, episode_start = None, np.ones(env.num_envs, dtype=bool)
@@ -69,14 +72,17 @@ def plot_gridworld() -> None:
     from sb3_flow.plotting.gridworld import multimodality
     from sb3_flow.plotting.gridworld import plot_gridworld as plot
     from sb3_flow.zoo.evaluate import load_run
-    from sb3_flow.zoo.trained_agents import output_folder
+    from sb3_flow.zoo.trained_agents import folder_with_run, output_folder
 
     parser = trained_agent_parser("sb3-flow plot-gridworld", plot_gridworld.__doc__)
     parser.add_argument("--algo", help="RL Algorithms, a row of the figure for each", nargs="+", choices=list(ALGOS))
-    parser.add_argument("-o", "--output", help="Figure to write (default: in the folder of the run)", type=figure)
+    parser.add_argument(
+        "-o", "--output", help="Figure to write (default: in the folder of the run, if it is one's own)", type=figure
+    )
     parser.set_defaults(algo=["fpo"], env="sb3_flow/GridWorld-v0")
     args = parser.parse_args()
     check_env(args.env, args.gym_packages)
+    args.folder = folder_with_run(args.algo, args.env, args.folder, args.exp_id != 0 or args.load_best)
     models, normalize = {}, {}  # type: dict[str, Any], dict[str, Any]
     for algo in args.algo:
         model, env, model_path = load_run(algo, args.env, args.folder, args.exp_id, args.load_best, args.seed, args.device)
