@@ -342,7 +342,6 @@ BAD_INPUTS: list[tuple[str, tuple[str, ...]]] = [
           ("no_config", "config.yml"),
           ("bad_config", "config.yml"),
       ]),
-    ("evaluate --algo fpo --env Pendulum-v1 -f damaged/no_monitor", ("logs of", "no_monitor", "monitor")),
     ("evaluate --algo fpo --env Pendulum-v1 -f damaged/bad_monitor", ("logs of", "bad_monitor")),
     ("evaluate --algo fpo --env Pendulum-v1 -f damaged/bad_evaluations", ("logs of", "bad_evaluations")),
     ("evaluate --algo ppo --env Pendulum-v1 -f damaged/fpo_for_ppo", ("not a model of ppo", "a model of fpo")),

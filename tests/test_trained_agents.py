@@ -75,13 +75,14 @@ def test_without_a_run_of_ones_own(agent, monkeypatch, capsys):
     assert Path("flow.png").is_file() and list(Path("videos").glob("*.mp4"))
 
 
-def test_by_way_of_the_hub(agent, monkeypatch):
+def test_by_way_of_the_hub(agent, monkeypatch, capsys):
     """It is a run without logs then."""
     arguments = ["--algo", "fpo", "--env", "Pendulum-v1"]
     sb3_flow_main(monkeypatch, "push-to-hub", *arguments, "-n", 2, "--dry-run")
     sb3_flow_main(monkeypatch, "load-from-hub", *arguments, "--from-folder", "hub/fpo-Pendulum-v1")
     sb3_flow_main(monkeypatch, "evaluate", *arguments, "-n", 1)
     assert Path("logs/fpo/Pendulum-v1_1/evaluation.json").is_file()
+    assert "No learning curve: there are no Monitor logs in logs/fpo/Pendulum-v1_1" in capsys.readouterr().out
 
 
 def test_a_run_of_ones_own(agent, monkeypatch, capsys):

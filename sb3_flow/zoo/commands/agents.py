@@ -154,9 +154,11 @@ def evaluate() -> None:
     )
     if result["success_rate"] is not None:
         print(f"Success rate: {100 * result['success_rate']:.0f} %")
-    if has_logs and importlib.util.find_spec("matplotlib") is None:
+    if not has_logs:
+        print(f"No learning curve: there are no Monitor logs in {run_folder}")
+    elif importlib.util.find_spec("matplotlib") is None:
         print('No learning curve: matplotlib is not installed, it comes with: pip install "sb3-flow[plots]"')
-    elif has_logs:
+    else:
         from sb3_flow.plotting.learning_curve import plot_learning_curve
 
         figure = plot_learning_curve(run_folder, title=f"{args['algo'].upper()} on {args['env']}")
