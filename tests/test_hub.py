@@ -32,18 +32,28 @@ def sb3_flow_main(monkeypatch, *args):
     cli.main()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with VecNormalize, its own hyperparameters and arguments of the environment, and its repository."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        sb3_flow_main(
+            monkeypatch, "train", *PENDULUM, "-n", 256, "--seed", 3, "--eval-freq", 128, "--eval-episodes", 2,
+            "--env-kwargs", "g:9.0", "-params", "n_envs:2", "n_steps:64", "batch_size:64", "normalize:True",
+        )  # fmt: skip
+        Path("logs/fpo/Pendulum-v1_1/videos").mkdir()
+        Path("logs/fpo/Pendulum-v1_1/videos/a.mp4").write_bytes(b"a video")
+        sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "-orga", "me", "-n", 3, "--dry-run")
+    return folder
+
+
 @pytest.fixture
-def repository(monkeypatch, tmp_path):
-    """That of a run with VecNormalize, its own hyperparameters and arguments of the environment."""
+def repository(trained, monkeypatch, tmp_path):
+    """That of the run, both in the working directory."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
-    sb3_flow_main(
-        monkeypatch, "train", *PENDULUM, "-n", 256, "--seed", 3, "--eval-freq", 128, "--eval-episodes", 2,
-        "--env-kwargs", "g:9.0", "-params", "n_envs:2", "n_steps:64", "batch_size:64", "normalize:True",
-    )  # fmt: skip
-    (tmp_path / "logs/fpo/Pendulum-v1_1/videos").mkdir()
-    (tmp_path / "logs/fpo/Pendulum-v1_1/videos/a.mp4").write_bytes(b"a video")
-    sb3_flow_main(monkeypatch, "push-to-hub", *PENDULUM, "-orga", "me", "-n", 3, "--dry-run")
     return Path("hub/fpo-Pendulum-v1")
 
 

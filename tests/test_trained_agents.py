@@ -26,19 +26,29 @@ def sb3_flow_main(monkeypatch, *args):
     cli.main()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run, and what is kept of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        params = ["n_envs:1", "n_steps:64", "batch_size:64", "n_epochs:1"]
+        sb3_flow_main(
+            monkeypatch, "train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 64, "-f", "elsewhere", "-params", *params
+        )  # fmt: skip
+        monkeypatch.setattr(benchmark, "ROOT", folder)
+        of_benchmark = benchmark.Agent("fpo", "Pendulum-v1")
+        benchmark.leave(of_benchmark, Path("elsewhere/fpo/Pendulum-v1_1/Pendulum-v1.zip"), dict(mean_return=1.0))
+        shutil.move("trained_agents", "came_with_it")
+    return folder
+
+
 @pytest.fixture
-def agent(monkeypatch, tmp_path):
+def agent(trained, monkeypatch, tmp_path):
     """One that came with the package."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    params = ["n_envs:1", "n_steps:64", "batch_size:64", "n_epochs:1"]
-    sb3_flow_main(
-        monkeypatch, "train", "--algo", "fpo", "--env", "Pendulum-v1", "-n", 64, "-f", "elsewhere", "-params", *params
-    )  # fmt: skip
     monkeypatch.setattr(trained_agents, "trained_agents_folder", lambda: tmp_path / "came_with_it")
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    of_benchmark = benchmark.Agent("fpo", "Pendulum-v1")
-    benchmark.leave(of_benchmark, Path("elsewhere/fpo/Pendulum-v1_1/Pendulum-v1.zip"), dict(mean_return=1.0))
-    shutil.move("trained_agents", "came_with_it")
     return tmp_path / "came_with_it" / "fpo" / "Pendulum-v1_1"
 
 
