@@ -87,6 +87,7 @@ def check_extras(words: list[str]) -> None:
 @pytest.fixture
 def few_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What learns does so for a moment, in the folder of the page, without a screen."""
+    # What a page needs, all of it: its examples go on from each other. The data is not part of the repository
     text = request.node.example.document.text
     for name, data in dict(SB3_FLOW_DATA="ogbench", SB3_FLOW_MOCAP="HumanoidTracking").items():
         if data in text and name not in os.environ:

@@ -28,8 +28,8 @@ CUBE, MAZE = "ogbench/cube-single-play-singletask-v0", "ogbench/pointmaze-medium
 OFFLINE = 'offline_steps:{steps} "policy_kwargs:dict(net_arch=[128]*4)" "dataset:\'ogbench:{data}@DATASETS\'"'
 
 
-def of_dataset(env: str, steps: int, more: str = "") -> str:
-    return f"-params {OFFLINE.format(steps=steps, data=env.removeprefix('ogbench/'))} {more}".rstrip()
+def of_dataset(env: str, steps: int) -> str:
+    return f"-params {OFFLINE.format(steps=steps, data=env.removeprefix('ogbench/'))}"
 
 
 class Agent(NamedTuple):
@@ -67,19 +67,8 @@ def train(agent: Agent, logs: Path) -> None:
 
     source = provenance()
     command = f"sb3-flow train --algo {agent.algo} --env {agent.env} --seed 0 {agent.options}".rstrip()
-    sys.argv = [
-        *shlex.split(command),
-        "--num-threads",
-        "1",
-        "--device",
-        "cpu",
-        "--verbose",
-        "0",
-        "--eval-freq",
-        "-1",
-        "-f",
-        str(logs),
-    ]
+    here = f"--num-threads 1 --device cpu --verbose 0 --eval-freq -1 -f {logs}"
+    sys.argv = shlex.split(f"{command} {here}")
     cli.main()
     result = evaluate(agent.algo, agent.env, str(logs), n_eval_episodes=N_EPISODES, device="cpu")
     path = Path(result.pop("model"))

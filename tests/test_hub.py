@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,19 +16,14 @@ pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
 import huggingface_hub
 import huggingface_sb3
+from command_line import sb3_flow_main
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from rl_zoo3.load_from_hub import download_from_hub
 
-from sb3_flow.zoo import cli
 from sb3_flow.zoo.evaluate import load_run
 
 PENDULUM = ["--algo", "fpo", "--env", "Pendulum-v1"]
-
-
-def sb3_flow_main(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["sb3-flow", *map(str, args)])
-    cli.main()
 
 
 @pytest.fixture(scope="module")

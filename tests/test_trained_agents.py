@@ -12,18 +12,14 @@ import pytest
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
 import make_trained_agents as benchmark
+from command_line import sb3_flow_main
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS, cli, register, register_envs, trained_agents
+from sb3_flow.zoo import EVALUATED_WITH_NOISE, FLOW_ALGOS, register, register_envs, trained_agents
 from sb3_flow.zoo.evaluate import load_run
 
 #: What brings the environments
 NEEDED = {"dm_control/": "dm_control", "ogbench/": "ogbench", "-v5": "mujoco"}
-
-
-def sb3_flow_main(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["sb3-flow", *map(str, args)])
-    cli.main()
 
 
 @pytest.fixture(scope="module")

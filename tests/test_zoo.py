@@ -21,6 +21,7 @@ from torch import nn
 pytest.importorskip("rl_zoo3", reason='needs pip install "sb3-flow[zoo]"')
 
 import optuna
+from command_line import sb3_flow_main
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS
@@ -29,16 +30,10 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 import sb3_flow.zoo
 from sb3_flow import DPPO, FPO, FQL
 from sb3_flow.common.flow import CFM_LOSSES
-from sb3_flow.zoo import cli
 
 TRAIN = ["train", "--algo", "fpo", "--env", "Pendulum-v1", "--num-threads", "1", "--seed", "1", "-params", "n_envs:2",
          "batch_size:64", "n_epochs:2", "n_steps:64", "normalize:True", "--verbose", "0"]  # fmt: skip
 ROOT = Path(sb3_flow.__file__).parent.parent
-
-
-def sb3_flow_main(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["sb3-flow", *map(str, args)])
-    cli.main()
 
 
 @pytest.fixture(autouse=True)

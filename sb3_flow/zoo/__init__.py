@@ -54,10 +54,16 @@ def default_conf_file(algo: str) -> str:
     :param algo: Name of the algorithm
     :return: path of the YAML file
     """
+    return str(data_folder("hyperparams") / f"{algo}.yml")
+
+
+def data_folder(name: str) -> Path:
+    """
+    :param name: "hyperparams" or "trained_agents"
+    :return: where it is: inside an installed package, or at the top of a checkout
+    """
     package = Path(sb3_flow.__file__).parent
-    # Inside an installed package, or at the top of a checkout
-    folder = package / "hyperparams" if (package / "hyperparams").is_dir() else package.parent / "hyperparams"
-    return str(folder / f"{algo}.yml")
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def register_envs(env_id: str) -> None:

@@ -21,12 +21,13 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_sb3 import EnvironmentName, ModelName
 from rl_zoo3.utils import ALGOS
 
+import sb3_flow
 from sb3_flow.zoo import FLOW_ALGOS, default_conf_file
 from sb3_flow.zoo.errors import InputError, user_input
 from sb3_flow.zoo.evaluate import find_model
 from sb3_flow.zoo.runs import Run, SavedModel, latest_run_id, written_whole
 
-PACKAGES = ("sb3-flow", "stable-baselines3", "rl_zoo3", "torch", "gymnasium", "numpy")
+PACKAGES = ("stable-baselines3", "rl_zoo3", "torch", "gymnasium", "numpy")
 VIDEO = "replay.mp4"
 #: Their names in a run, and in a repository
 STATISTICS = ("vecnormalize.pkl", "vec_normalize.pkl")
@@ -137,7 +138,7 @@ Hyperparameters:
 {pformat(run.config, sort_dicts=False)}
 ```
 
-Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.
+Versions: sb3-flow {sb3_flow.__version__}, {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.
 """
     return ModelCard(content)
 
@@ -148,25 +149,14 @@ def training_command(run: Run) -> str:
     :return: the command that trains it, as far as it can be written down: a comment tells what cannot
     """
     args = run.args
-    words = [
-        "sb3-flow",
-        "train",
-        "--algo",
-        run.algo,
-        "--env",
-        run.env,
-        "--seed",
-        str(args["seed"]),
-        "-n",
-        str(run.n_timesteps),
-    ]
+    words = f"sb3-flow train --algo {run.algo} --env {run.env} --seed {args['seed']} -n {run.n_timesteps}".split()
     if args.get("vec_env", "dummy") != "dummy":
         words += ["--vec-env", args["vec_env"]]
     if args.get("gym_packages"):
         words += ["--gym-packages", *args["gym_packages"]]
     missing = ["another model to begin with"] if args.get("trained_agent") else []
     conf_file = default_conf_file(run.algo) if run.algo in FLOW_ALGOS else None
-    if args.get("trial_id") is not None or Path(args.get("conf_file") or "").name != Path(conf_file or "").name:
+    if args.get("trial_id") is not None or args.get("conf_file") != conf_file:
         missing.append("the hyperparameters below")
     for option, name in (("--env-kwargs", "env_kwargs"), ("-params", "hyperparams")):
         given = args.get(name) or {}

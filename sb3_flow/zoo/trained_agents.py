@@ -6,17 +6,15 @@ from pathlib import Path
 import yaml
 from huggingface_sb3 import EnvironmentName
 
-import sb3_flow
+from sb3_flow.zoo import data_folder
 from sb3_flow.zoo.arguments import Default
 from sb3_flow.zoo.errors import InputError
 from sb3_flow.zoo.runs import run_folders
 
 
 def trained_agents_folder() -> Path:
-    """The log folder that they are in: inside an installed package, or at the top of a checkout."""
-    package = Path(sb3_flow.__file__).parent
-    folder = package / "trained_agents"
-    return folder if folder.is_dir() else package.parent / "trained_agents"
+    """The log folder that they are in."""
+    return data_folder("trained_agents")
 
 
 def trained_agents() -> list[tuple[str, str]]:
