@@ -5,6 +5,7 @@ What one captured graph brings on a GPU, and whether it computes the same: `pyth
   fql           gradient steps of FQL, 4×512 and batch 256, without and with ``compile=True``, and of the authors' JAX code
                 (with --official-fql, a checkout of it), at equal precision of the products: that of PyTorch's default
                 (float32) and that of JAX's on a GPU (TF32)
+  offline       the same of the other offline methods (TF32), beside the authors' IFQL
   forward       policy(obs) of FPO and of SB3's PPO, with the actions to the CPU, as a rollout is collected
   train         train() of FPO and of PPO after a rollout of 2048 environments, and the peak memory of it
   kernels       how many kernels an update of FQL is, and which of them take its time
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import importlib
 import json
 import statistics
 import subprocess
@@ -46,6 +48,19 @@ BARS = {
     "forward of 2048 observations, FPO compiled over PPO": ("<=", 1.5),
 }
 
+#: Offline methods: their classes and arguments
+OFFLINE_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FQL": ("FQL", dict(alpha=300.0, buffer_size=1)),
+    "FQL, anchored": ("FQL", dict(alpha=300.0, buffer_size=1, distillation="anchor")),
+    "FQL, ten critics": ("FQL", dict(alpha=300.0, buffer_size=1, rho=0.5, policy_kwargs=dict(n_critics=10))),
+    "QC-FQL": ("FQL", dict(alpha=300.0, buffer_size=1, chunk_size=5)),
+    "QC": ("QC", dict(buffer_size=1, chunk_size=5)),
+    "FlowBC": ("FlowBC", {}),
+    "IFQL": ("IFQL", dict(buffer_size=1)),
+    "FBRAC": ("FBRAC", dict(alpha=300.0, buffer_size=1)),
+    "FAWAC": ("FAWAC", dict(buffer_size=1)),
+}
+
 Row = dict[str, Any]
 
 
@@ -59,9 +74,10 @@ def use_wheels(folder: Path) -> None:
 
 def dataset(seed: int = 0, n: int = N_ROWS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
+    observations = rng.standard_normal((n + 1, OBS_DIM), np.float32)
     return dict(
-        observations=rng.standard_normal((n, OBS_DIM), np.float32),
-        next_observations=rng.standard_normal((n, OBS_DIM), np.float32),
+        observations=observations[:-1],
+        next_observations=observations[1:],
         actions=rng.uniform(-1, 1, (n, ACTION_DIM)).astype(np.float32),
         rewards=rng.standard_normal(n, np.float32),
         terminations=np.zeros(n, bool),
@@ -113,24 +129,24 @@ def make_env(obs_dim: int, action_dim: int, n_envs: int) -> Any:
     return Noise()
 
 
-def make_fql(device: str, net: list[int] = NET, data: dict | None = None, **kwargs: Any) -> Any:
-    from sb3_flow import FQL
+def make_fql(device: str, net: list[int] = NET, data: dict | None = None, method: str = "FQL", **kwargs: Any) -> Any:
+    import sb3_flow
 
-    settings: dict[str, Any] = dict(batch_size=BATCH, alpha=300.0, buffer_size=1, seed=0) | kwargs
+    algorithm, of_method = OFFLINE_METHODS[method]
+    settings: dict[str, Any] = dict(batch_size=BATCH, seed=0) | of_method | kwargs
+    settings["policy_kwargs"] = dict(net_arch=net) | settings.get("policy_kwargs", {})
     data = dataset() if data is None else data
-    return FQL(
-        "MlpPolicy", make_env(OBS_DIM, ACTION_DIM, 1), data, device=device, policy_kwargs=dict(net_arch=net), **settings
-    )
+    return getattr(sb3_flow, algorithm)("MlpPolicy", make_env(OBS_DIM, ACTION_DIM, 1), data, device=device, **settings)
 
 
 def make_on_policy(name: str, device: str, n_envs: int, **kwargs: Any) -> Any:
     import torch as th
     from stable_baselines3 import PPO
 
-    from sb3_flow import FPO, presets
+    from sb3_flow import DPPO, FPO, presets
 
-    # Of FPO the settings of the paper, whose networks both have
-    cls, settings = (PPO, {}) if name == "PPO" else (FPO, presets.PAPER)
+    # Of FPO the settings of the paper, whose networks all have
+    cls, settings = dict(PPO=(PPO, {}), DPPO=(DPPO, {}), FPO=(FPO, presets.PAPER))[name]
     policy_kwargs = dict(net_arch=dict(pi=[32] * 4, vf=[256] * 5), activation_fn=th.nn.SiLU)
     settings = {**settings, "policy_kwargs": {**settings.get("policy_kwargs", {}), **policy_kwargs}}
     return cls("MlpPolicy", make_env(17, 6, n_envs), device=device, seed=0, **settings | kwargs)
@@ -199,16 +215,15 @@ def cpu_against_cuda_fql(device: str) -> Row:
     )
 
 
-def cpu_against_cuda_fpo(device: str) -> Row:
-
+def cpu_against_cuda_on_policy(device: str, name: str) -> Row:
     from sb3_flow.common.cuda_graphs import leaves
 
     settings: dict[str, Any] = dict(n_steps=64, batch_size=512, n_epochs=1)
-    model = make_on_policy("FPO", "cpu", 8, **settings)
+    model = make_on_policy(name, "cpu", 8, **settings)
     collect(model)
     rollout = model._get_rollout()
     old = model._evaluate_old_policy(rollout)
-    other = make_on_policy("FPO", device, 8, **settings)
+    other = make_on_policy(name, device, 8, **settings)
     other.set_parameters(model.get_parameters())
     results = []
     for side in (model, other):
@@ -216,7 +231,12 @@ def cpu_against_cuda_fpo(device: str) -> Row:
         loss, values = side._losses(*inputs, side._clip_ranges(), needs_kl=True)
         grad_norm = side._backward(loss)
         side.policy.optimizer.step()
-        results.append(([values["value_loss"].item(), values["cfm_loss"].item(), grad_norm.item()], weights(side)))
+        numbers = [
+            values["value_loss"].item(),
+            values["cfm_loss" if name == "FPO" else "bounds_loss"].item(),
+            grad_norm.item(),
+        ]
+        results.append((numbers, weights(side)))
     (numbers, after), (other_numbers, other_after) = results
     passed = np.allclose(numbers, other_numbers, rtol=1e-4) and largest_difference(after, other_after) < 7e-4
     return dict(numbers=numbers, cuda=other_numbers, weights=largest_difference(after, other_after), passed=bool(passed))
@@ -379,6 +399,19 @@ def what_changes(device: str) -> Row:
     return dict(eager=eager, compiled=compiled, passed=bool(np.allclose(eager, compiled, rtol=1e-3)))
 
 
+def exported(device: str, name: str) -> Row:
+    """Files that are made of a model on the device act as the model does (the export compares them)."""
+    from sb3_flow.export import FORMATS, export_policy
+
+    if name in OFFLINE_METHODS:
+        model = make_fql(device, data=dataset(n=1000), net=[64, 64], method=name)
+    else:
+        model = make_on_policy(name, device, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {format: export_policy(model, f"{folder}/policy", format, True).stat().st_size for format in FORMATS}
+    return dict(sizes=sizes, passed=next(model.policy.parameters()).device.type == device)
+
+
 def saved(device: str) -> Row:
     import pickle
 
@@ -419,8 +452,17 @@ def correctness(device: str, quick: bool) -> Row:
             device, n // 4, "one stream", n_steps=3, q_agg="min", normalize_q_loss=True, net=[64, 64]
         ),
         "FPO, compiled and eager": lambda: compiled_against_eager_fpo(device),
+        **{
+            f"{method}, compiled and eager, 2x64": partial(compiled_against_eager_fql, device, n, net=[64, 64], method=method)
+            for method in OFFLINE_METHODS
+            if method != "FQL"
+        },
+        **{
+            f"{name}, exported": partial(exported, device, name) for name in ("FPO", "IFQL")
+        },
+        "DPPO, CPU and device": lambda: cpu_against_cuda_on_policy(device, "DPPO"),
         "FQL, CPU and device": lambda: cpu_against_cuda_fql(device),
-        "FPO, CPU and device": lambda: cpu_against_cuda_fpo(device),
+        "FPO, CPU and device": lambda: cpu_against_cuda_on_policy(device, "FPO"),
         "FQL, not finite": lambda: not_finite(device),
         "FQL, changed after the capture": lambda: what_changes(device),
         "FQL, saved and copied": lambda: saved(device),
@@ -475,23 +517,27 @@ def peak_memory(device: str, function: Callable[[], Any]) -> float | None:
     return th.cuda.max_memory_allocated() / 2**20
 
 
-def make_official(path: Path) -> tuple[Callable[[int], None], Callable[[int], None]]:
+def make_official(path: Path, name: str = "fql") -> tuple[Callable[[int], None], Callable[[int], None]]:
     """
+    :param path: Checkout of the authors' code
+    :param name: of the agent
     :return: updates of the authors' code: with batches drawn beforehand, and as their users run it, from arrays of NumPy
     """
     sys.path.insert(0, str(path))
     # (for distributions that FQL does not have; to mypy, a module is no other class)
     sys.modules.setdefault("distrax", types.SimpleNamespace(Transformed=object))  # type: ignore[arg-type]
     import jax
-    from agents.fql import FQLAgent, get_config
 
+    module = importlib.import_module(f"agents.{name}")
     rng = np.random.default_rng(0)
     data = {name: dataset()[name] for name in ("observations", "next_observations", "actions", "rewards")}
     data["masks"] = np.ones(N_ROWS, np.float32)
-    config = get_config()
+    config = module.get_config()
     config["actor_hidden_dims"] = config["value_hidden_dims"] = tuple(NET)
-    config["batch_size"], config["alpha"] = BATCH, 300.0
-    agent = FQLAgent.create(0, data["observations"][:1], data["actions"][:1], config)
+    config["batch_size"] = BATCH
+    if name == "fql":
+        config["alpha"] = 300.0
+    agent = getattr(module, f"{name.upper()}Agent").create(0, data["observations"][:1], data["actions"][:1], config)
 
     def batch() -> dict[str, np.ndarray]:
         rows = rng.integers(N_ROWS, size=BATCH)
@@ -556,6 +602,35 @@ def fql(device: str, quick: bool, official: Path | None) -> Row:
         if official is not None:
             ratio = results[f"compiled, {precision}"] / results[f"official, {precision}"]
             results[f"FQL updates/s, compiled over official, {precision}"] = ratio
+        print(f"  {results}", flush=True)
+    th.set_float32_matmul_precision("highest")
+    return results
+
+
+def offline(device: str, quick: bool, official: Path | None) -> Row:
+    import torch as th
+
+    n, n_eager, repeats = (4, 4, 1) if quick else (200, 40, 3)
+    torch_precision, jax_precision = PRECISIONS["TF32"]
+    th.set_float32_matmul_precision(torch_precision)
+    results: Row = {}
+    for method in OFFLINE_METHODS:
+        sides: dict[str, tuple[int, Callable[[int], Any]]] = {}
+        for name, compiled in (("eager", False), ("compiled", True)):
+            model = make_fql(device, method=method, compile=compiled)
+            model.learn_offline(10, log_interval=None)
+            sides[name] = n if compiled else n_eager, partial(model.learn_offline, log_interval=None)
+        with contextlib.ExitStack() as stack:
+            if official is not None and method == "IFQL":
+                import jax
+
+                stack.enter_context(jax.default_matmul_precision(jax_precision))
+                sides["official"] = n, make_official(official, "ifql")[0]
+            times = seconds({name: partial(side, n) for name, (n, side) in sides.items()}, synchronizer(device), repeats)
+        for name, (count, _) in sides.items():
+            rates = sorted(count / x for x in times[name])
+            results[f"{method} updates/s, {name}, TF32"] = statistics.median(rates)
+            results[f"{method} updates/s, {name}, TF32, from and to"] = [rates[0], rates[-1]]
         print(f"  {results}", flush=True)
     th.set_float32_matmul_precision("highest")
     return results
@@ -658,7 +733,7 @@ def provenance(device: str) -> Row:
 
 def table(results: Row) -> list[tuple[str, str, str]]:
     rows = []
-    for section in ("fql", "forward", "train"):
+    for section in ("fql", "offline", "forward", "train"):
         for name, value in results.get(section, {}).items():
             if isinstance(value, float):
                 bar = "" if name not in BARS else "{} {}".format(*BARS[name])
@@ -689,6 +764,7 @@ def main() -> None:
     sections: dict[str, Callable[[], Row]] = {
         "correctness": lambda: correctness(args.device, args.quick),
         "fql": lambda: fql(args.device, args.quick, args.official_fql),
+        "offline": lambda: offline(args.device, args.quick, args.official_fql),
         "forward": lambda: forward(args.device, args.quick),
         "train": lambda: train(args.device, args.quick),
         "kernels": lambda: kernels(args.device, args.quick),

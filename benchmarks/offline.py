@@ -4,9 +4,10 @@ Offline methods on OGBench: `SB3_FLOW_DATA=DATA python benchmarks/offline.py`
 FQL, three changes to it, what it is compared with, and a clone, from the same 200,000 transitions with the same networks
 (2×128), which two cores can afford; the papers have a million transitions and 4×512. DATA has the datasets of
 `python benchmarks/make_ogbench_data.py`. Each run is one `sb3-flow train` in a process of its own with one thread, which is
-evaluated ten times over 50 episodes, with noise as the authors do; its success is the mean of the last three. It leaves a JSON
+evaluated five times over 50 episodes, with noise as the authors do; its success is the mean of the last three. It leaves a JSON
 file in benchmarks/results/offline; runs whose file is there with today's settings are not repeated, so that an interrupted
-benchmark goes on where it stopped, and can be done in parts (--tasks, --methods, --seeds, --jobs).
+benchmark goes on where it stopped, and can be done in parts (--tasks, --methods, --seeds, --jobs). Where there is a GPU, updates
+are captured graphs on it.
 
 All else is of hyperparams/*.yml (the papers' settings for these tasks), and of the papers for QC-FQL (alpha 100, chunks of 5)
 and the lower bound (ten critics, half a standard deviation).
@@ -23,7 +24,7 @@ from runs import ROOT, class_defaults, do_runs, has_result, provenance, train, w
 
 RESULTS = ROOT / "benchmarks" / "results" / "offline"
 STEPS = 50_000
-N_EVALUATIONS, N_EVAL_EPISODES, N_LAST = 10, 50, 3
+N_EVALUATIONS, N_EVAL_EPISODES, N_LAST = 5, 50, 3
 NET_ARCH = [128, 128]
 TASKS = {"cube-single": "cube-single-play", "scene": "scene-play", "puzzle-3x3": "puzzle-3x3-play"}
 #: Algorithm, its arguments, and those of its policy
@@ -79,7 +80,8 @@ def run(method: str, task: str, seed: int, logs: Path) -> None:
     dataset = f"{block['dataset']}@{Path(os.environ['SB3_FLOW_DATA']).resolve()}"
     arguments = ["--eval-freq", str(STEPS // N_EVALUATIONS), "--eval-episodes", str(N_EVAL_EPISODES), "--n-eval-envs", "1",
                  "--save-freq", "-1"]  # fmt: skip
-    train(algo, env_id(task), 0, seed, block | dict(dataset=dataset), folder, arguments)
+    has_gpu = th.cuda.is_available()
+    train(algo, env_id(task), 0, seed, block | dict(dataset=dataset, compile=has_gpu), folder, arguments)
     with np.load(next(folder.rglob("evaluations.npz"))) as evaluations:
         curve = [
             [int(step), float(share.mean())]
@@ -92,6 +94,7 @@ def run(method: str, task: str, seed: int, logs: Path) -> None:
         seed=seed,
         success=float(np.mean([share for _, share in curve[-N_LAST:]])),
         curve=curve,
+        device=th.cuda.get_device_name() if has_gpu else "CPU",
         command=f"SB3_FLOW_DATA=DATA python benchmarks/offline.py --tasks {task} --methods {method} --seeds {seed}",
         **settings(method, task),
         **source,

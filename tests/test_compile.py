@@ -20,11 +20,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from sb3_flow import FPO, FQL
+from sb3_flow import FAWAC, FBRAC, FPO, FQL, IFQL, QC, FlowBC
 from sb3_flow.common import cuda_graphs
 from sb3_flow.common.cuda_graphs import ModuleState, OptimizerState
 from sb3_flow.fpo import fpo as fpo_module
-from sb3_flow.fql import fql as fql_module
 
 DEVICES = [
     "cpu",
@@ -49,6 +48,26 @@ def make_dataset(n=300, seed=0):
 def make_fql(**kwargs):
     settings = dict(dataset=make_dataset(), seed=0, device="cpu", batch_size=32, compile=True)
     return FQL("MlpPolicy", "Pendulum-v1", **{**settings, "policy_kwargs": dict(net_arch=[16, 16])} | kwargs)
+
+
+OTHERS = {
+    "FlowBC": (FlowBC, {}),
+    "FlowBC, chunks": (FlowBC, dict(chunk_size=3)),
+    "IFQL": (IFQL, dict(rho=0.5, q_agg="mean", n_steps=3, policy_kwargs=dict(net_arch=[16, 16], n_critics=4))),
+    "FBRAC": (
+        FBRAC,
+        dict(normalize_q_loss=True, balanced_sampling=True, policy_kwargs=dict(net_arch=[16, 16], n_flow_steps=3)),
+    ),
+    "FAWAC": (FAWAC, dict(dataset_kwargs=dict(reward_scale=2.0, reward_shift=-1.0))),
+    "QC": (QC, dict(chunk_size=3, policy_kwargs=dict(net_arch=[16, 16], n_samples=4))),
+}
+
+
+def make_other(name, **kwargs):
+    algorithm, others = OTHERS[name]
+    settings = dict(dataset=make_dataset(), seed=0, device="cpu", batch_size=32, compile=True)
+    settings |= dict(policy_kwargs=dict(net_arch=[16, 16])) | others
+    return algorithm("MlpPolicy", "Pendulum-v1", **settings | kwargs)
 
 
 def make_fpo(policy="MlpPolicy", env=None, **kwargs):
@@ -133,6 +152,21 @@ def test_fql_equals_the_eager_run(device, phases, kwargs):
     assert losses(models[1]) == pytest.approx(losses(models[0]), rel=1e-3, abs=1e-4)
     if phases != "online":
         assert "train/critic_loss" in offline
+    assert models[1]._graphs and not models[0]._graphs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [*OTHERS])
+def test_other_offline_methods_equal_the_eager_run(device, name):
+    models = [make_other(name, compile=compiled, device=device) for compiled in (False, True)]
+    for model in models:
+        model.set_random_seed(0)
+        model.learn_offline(12)
+        assert "train/bc_flow_loss" in losses(model)
+        if model.learns_online:
+            model.learn(15)
+    assert_close(*models, **(dict(rtol=1e-4, atol=1e-5) if device == "cpu" else dict(rtol=1e-3, atol=1e-4)))
+    assert losses(models[1]) == pytest.approx(losses(models[0]), rel=1e-3, abs=1e-4)
     assert models[1]._graphs and not models[0]._graphs
 
 
@@ -556,8 +590,8 @@ class Reads(set):
     active = False
 
 
-@pytest.mark.parametrize("algorithm, module", [(FPO, fpo_module), (FQL, fql_module)])
-def test_all_that_a_graph_reads_of_a_model_is_compared(monkeypatch, algorithm, module):
+@pytest.mark.parametrize("algorithm", [FPO, FQL, FlowBC, IFQL, FBRAC, FAWAC, QC])
+def test_all_that_a_graph_reads_of_a_model_is_compared(monkeypatch, algorithm):
     reads, update = Reads(), cuda_graphs.CapturedUpdate._update
 
     def recorded(self, name):
@@ -577,13 +611,18 @@ def test_all_that_a_graph_reads_of_a_model_is_compared(monkeypatch, algorithm, m
     if algorithm is FPO:
         model = make_fpo(clip_range_vf=0.2, ent_coef=0.1, bounds_loss_coef=0.1)
         model.learn(48)
-        others = {"policy", "clip_range_vf", "__dict__", "__class__"}
+        in_graph, others = {*fpo_module.IN_GRAPH}, {"policy", "clip_range_vf", "__dict__", "__class__"}
+        assert in_graph & reads
     else:
-        model = make_fql(n_steps=2, dataset_kwargs=dict(reward_scale=2.0))
-        model.learn_offline(3)
-        others = {"policy", "actor", "bc_flow", "critic", "critic_target", "offline_buffer", "dataset_kwargs", "device"}
-    attributes = {name for name in reads if name in vars(model)}
-    assert set(module.IN_GRAPH) & attributes and attributes <= {*module.IN_GRAPH, *others}
+        models = [make_other(name) for name, (other, _) in OTHERS.items() if other is algorithm]
+        if algorithm is FQL:
+            models = [make_fql(n_steps=2, dataset_kwargs=dict(reward_scale=2.0)), make_fql(chunk_size=3)]
+        for model in models:
+            model.learn_offline(3)
+        others = {"policy", "offline_buffer", "dataset_kwargs", "device", *model.policy.network_names}
+        in_graph = {*algorithm.in_graph}
+        assert in_graph <= reads
+    assert {name for name in reads if name in vars(model)} <= in_graph | others
 
 
 # --- What is not captured
@@ -644,6 +683,16 @@ def test_obstacle(make, reason):
         assert len([warning for warning in caught if "compile=True" in str(warning.message)]) <= 2
         results.append(weights(model))
     assert all(th.equal(x, results[1][name]) for name, x in results[0].items())
+
+
+@pytest.mark.parametrize("algorithm", [FQL, FlowBC, IFQL, FBRAC, FAWAC, QC])
+def test_obstacle_subclass(algorithm):
+    """What it inherits says nothing of what it does."""
+    other = type("Other", (algorithm,), {})
+    model = other("MlpPolicy", "Pendulum-v1", make_dataset(), policy_kwargs=dict(net_arch=[16]), compile=True, device="cpu")
+    with pytest.warns(UserWarning, match="Other is an algorithm of its own"):
+        model.learn_offline(2)
+    assert not model._graphs
 
 
 def test_obstacle_target_kl():

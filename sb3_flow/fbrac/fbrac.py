@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import (
 )
 
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
+from sb3_flow.common.cuda_graphs import in_parallel
 from sb3_flow.fbrac.policies import CnnPolicy, FBRACPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
 from sb3_flow.offline.buffers import Batch
@@ -68,6 +69,10 @@ class FBRAC(OfflineAlgorithm):
     :param random_crop: Padding of the random crops that images are augmented with, in pixels
         (the authors use 3), no augmentation if 0
     :param random_crop_probability: Share of the batches that are augmented
+    :param compile: On CUDA, run each update (and the drawing of its batch, if it is from the dataset only) as one captured
+        graph: the same numbers, but for rounding. Offline the device is then waited for, and losses are recorded, when logs
+        are written. What cannot be captured (networks and optimizers of your own, ...) runs as without it, with a warning that
+        names it. On a CPU there are no graphs. It makes no difference to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -86,6 +91,7 @@ class FBRAC(OfflineAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    in_graph = ("alpha", "q_agg", "rho", "normalize_q_loss", "gamma", "tau")
     policy: FBRACPolicy
 
     def __init__(
@@ -116,6 +122,7 @@ class FBRAC(OfflineAlgorithm):
         use_sde: bool = False,
         random_crop: int = 0,
         random_crop_probability: float = 0.5,
+        compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -147,8 +154,7 @@ class FBRAC(OfflineAlgorithm):
             use_sde,
             random_crop,
             random_crop_probability,
-            # Not known to be captured
-            False,
+            compile,
             stats_window_size,
             tensorboard_log,
             policy_kwargs,
@@ -180,8 +186,9 @@ class FBRAC(OfflineAlgorithm):
         :param batch: Transitions
         :return: the loss, and what is logged of it
         """
-        (critic_loss, q_values), bc_flow_loss = self._critic_loss(batch), self._bc_flow_losses(batch).mean()
-        q_loss = self._q_loss(batch)
+        (critic_loss, q_values), bc_flow_loss, q_loss = in_parallel(
+            lambda: self._critic_loss(batch), lambda: self._bc_flow_losses(batch).mean(), lambda: self._q_loss(batch)
+        )
         return critic_loss + self.alpha * bc_flow_loss + q_loss, dict(
             critic_loss=critic_loss, bc_flow_loss=bc_flow_loss, q_loss=q_loss, q_mean=q_values.mean()
         )

@@ -39,6 +39,10 @@ class FlowBC(OfflineAlgorithm):
     :param random_crop: Padding of the random crops that images are augmented with, in pixels
         (the authors use 3), no augmentation if 0
     :param random_crop_probability: Share of the batches that are augmented
+    :param compile: On CUDA, run each update and the drawing of its batch as one captured graph: the same numbers, but for
+        rounding. The device is then waited for, and losses are recorded, when logs are written. What cannot be captured
+        (networks and optimizers of your own, ...) runs as without it, with a warning that names it. On a CPU there are no
+        graphs. It makes no difference to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -57,6 +61,7 @@ class FlowBC(OfflineAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    in_graph = ("chunk_size", "gamma")
     can_clone = True
     learns_online = False
     policy: FlowBCPolicy
@@ -73,6 +78,7 @@ class FlowBC(OfflineAlgorithm):
         batch_size: int = 256,
         random_crop: int = 0,
         random_crop_probability: float = 0.5,
+        compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -91,6 +97,7 @@ class FlowBC(OfflineAlgorithm):
             batch_size=batch_size,
             random_crop=random_crop,
             random_crop_probability=random_crop_probability,
+            compile=compile,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -111,7 +118,6 @@ class FlowBC(OfflineAlgorithm):
             optimize_memory_usage=False,
             n_steps=1,
             use_sde=False,
-            compile=False,
         )
         self.chunk_size = chunk_size
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import (
 from torch.nn import functional as F
 
 from sb3_flow.common.checks import NOT_NEGATIVE, check_floats, to_bool
-from sb3_flow.common.cuda_graphs import has_replaced_methods, in_parallel
+from sb3_flow.common.cuda_graphs import in_parallel
 from sb3_flow.common.flow import cfm_loss, check_choice, interpolate
 from sb3_flow.fql.policies import CnnPolicy, FQLPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm, held_fixed
@@ -21,9 +21,6 @@ from sb3_flow.offline.datasets import Dataset
 from sb3_flow.offline.policies import OneStepActor
 
 SelfFQL = TypeVar("SelfFQL", bound="FQL")
-
-#: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
-IN_GRAPH = ("alpha", "distillation", "q_agg", "rho", "normalize_q_loss", "gamma", "tau")
 
 #: How the one-step policy is tied to the flow.
 DISTILLATIONS = ("samples", "anchor")
@@ -108,7 +105,7 @@ class FQL(OfflineAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    in_graph = IN_GRAPH
+    in_graph = ("alpha", "distillation", "q_agg", "rho", "chunk_size", "normalize_q_loss", "gamma", "tau")
     can_clone = True
     policy: FQLPolicy
     actor: OneStepActor
@@ -275,9 +272,6 @@ class FQL(OfflineAlgorithm):
         with held_fixed(self.critic):
             q_values = self.critic(batch.observations, actions.clamp(-1, 1)).mean(dim=0)
         return actions, q_values
-
-    def _has_replaced_methods(self) -> bool:
-        return has_replaced_methods(self, FQL)
 
     def learn_offline(
         self: SelfFQL,

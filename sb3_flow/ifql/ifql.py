@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import (
 from torch.nn import functional as F
 
 from sb3_flow.common.checks import FRACTION, check_floats
+from sb3_flow.common.cuda_graphs import in_parallel
 from sb3_flow.ifql.policies import CnnPolicy, IFQLPolicy, MlpPolicy, MultiInputPolicy
 from sb3_flow.offline.algorithm import OFFLINE_LOG_INTERVAL, OfflineAlgorithm
 from sb3_flow.offline.buffers import Batch
@@ -71,6 +72,10 @@ class IFQL(OfflineAlgorithm):
     :param random_crop: Padding of the random crops that images are augmented with, in pixels
         (the authors use 3), no augmentation if 0
     :param random_crop_probability: Share of the batches that are augmented
+    :param compile: On CUDA, run each update (and the drawing of its batch, if it is from the dataset only) as one captured
+        graph: the same numbers, but for rounding. Offline the device is then waited for, and losses are recorded, when logs
+        are written. What cannot be captured (networks and optimizers of your own, ...) runs as without it, with a warning that
+        names it. On a CPU there are no graphs. It makes no difference to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -89,6 +94,7 @@ class IFQL(OfflineAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    in_graph = ("expectile", "q_agg", "rho", "gamma", "tau")
     policy: IFQLPolicy
     value: ValueNetwork
 
@@ -119,6 +125,7 @@ class IFQL(OfflineAlgorithm):
         use_sde: bool = False,
         random_crop: int = 0,
         random_crop_probability: float = 0.5,
+        compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -150,8 +157,7 @@ class IFQL(OfflineAlgorithm):
             use_sde,
             random_crop,
             random_crop_probability,
-            # Not known to be captured
-            False,
+            compile,
             stats_window_size,
             tensorboard_log,
             policy_kwargs,
@@ -181,8 +187,9 @@ class IFQL(OfflineAlgorithm):
         :param batch: Transitions
         :return: the loss, and what is logged of it
         """
-        (critic_loss, q_values), value_loss = self._critic_loss(batch), self._value_loss(batch)
-        bc_flow_loss = self._bc_flow_losses(batch).mean()
+        (critic_loss, q_values), value_loss, bc_flow_loss = in_parallel(
+            lambda: self._critic_loss(batch), lambda: self._value_loss(batch), lambda: self._bc_flow_losses(batch).mean()
+        )
         return critic_loss + value_loss + bc_flow_loss, dict(
             critic_loss=critic_loss, value_loss=value_loss, bc_flow_loss=bc_flow_loss, q_mean=q_values.mean()
         )

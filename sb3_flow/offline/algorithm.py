@@ -38,6 +38,7 @@ from sb3_flow.common.cuda_graphs import (
     copy_into,
     find_obstacle,
     global_state,
+    has_replaced_methods,
     layout,
 )
 from sb3_flow.common.distributed_algorithm import DistributedOffPolicyAlgorithm, learns_together
@@ -120,7 +121,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     :raises ValueError: if an argument is out of its range
     """
 
-    #: What the captured graph of an update depends on (beside the dataset, the policy and its optimizer)
+    #: Arguments that the captured graph of an update depends on, beside the dataset, the policy and its optimizer. A class has
+    #: its own, or its updates are not known to be captured.
     in_graph: ClassVar[tuple[str, ...]] = ()
     #: Whether a dataset without rewards can be cloned, and whether it can go on online
     can_clone: ClassVar[bool] = False
@@ -632,8 +634,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
             th._foreach_add_(targets, changes)
 
     def _has_replaced_methods(self) -> bool:
-        """Whether an update may be something else than what is known to be captured: see ``has_replaced_methods``."""
-        return True
+        """Whether an update may be something else than what is known to be captured."""
+        return "in_graph" not in vars(type(self)) or has_replaced_methods(self, type(self))
 
     def _find_obstacle(self) -> str | None:
         if self._has_replaced_methods():
