@@ -4,7 +4,7 @@ Offline methods on OGBench: `SB3_FLOW_DATA=DATA python benchmarks/offline.py`
 FQL, three changes to it, what it is compared with, and a clone, from the same 200,000 transitions with the same networks
 (2×128), which two cores can afford; the papers have a million transitions and 4×512. DATA has the datasets of
 `python benchmarks/make_ogbench_data.py`. Each run is one `sb3-flow train` in a process of its own with one thread, on a GPU
-in captured graphs where there is one, which is evaluated five times over 50 episodes, with noise as the authors do; its success
+in captured graphs where there is one, which is evaluated five times over 50 episodes, with noise as the authors do; success
 is the mean of the last three. It leaves a JSON file in benchmarks/results/offline; runs whose file is there with today's
 settings are not repeated, so that an interrupted benchmark goes on where it stopped, and can be done in parts (--tasks,
 --methods, --seeds, --jobs).
