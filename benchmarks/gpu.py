@@ -457,9 +457,7 @@ def correctness(device: str, quick: bool) -> Row:
             for method in OFFLINE_METHODS
             if method != "FQL"
         },
-        **{
-            f"{name}, exported": partial(exported, device, name) for name in ("FPO", "IFQL")
-        },
+        **{f"{name}, exported": partial(exported, device, name) for name in ("FPO", "IFQL")},
         "DPPO, CPU and device": lambda: cpu_against_cuda_on_policy(device, "DPPO"),
         "FQL, CPU and device": lambda: cpu_against_cuda_fql(device),
         "FPO, CPU and device": lambda: cpu_against_cuda_on_policy(device, "FPO"),

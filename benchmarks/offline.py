@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from runs import ROOT, class_defaults, do_runs, has_result, provenance, train, write_result, write_table
+from runs import ROOT, class_defaults, do_runs, has_result, mean_and_interval, provenance, train, write_result, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "offline"
 STEPS = 50_000
@@ -103,21 +103,12 @@ def run(method: str, task: str, seed: int, logs: Path) -> None:
 
 
 def print_table() -> None:
-    """One row a method: mean over seeds, and the interval of the mean by bootstrap."""
-    generator = np.random.default_rng(0)
+    """One row a method."""
     rows = []
     for method in METHODS:
-        cells = []
-        for task in TASKS:
-            done = [seed for seed in SEEDS if is_done(method, task, seed)]
-            success = np.array([json.loads(result_file(method, task, seed).read_text())["success"] for seed in done])
-            if len(success) > 1:
-                means = generator.choice(success, (10_000, len(success))).mean(axis=1)
-                low, high = 100 * np.quantile(means, (0.025, 0.975))
-                cells.append(f"{100 * success.mean():.0f} [{low:.0f}, {high:.0f}] ({len(done)})")
-            else:
-                cells.append(f"{100 * success.mean():.0f} (1)" if done else "")
-        rows.append([method, *cells])
+        files = [[result_file(method, task, seed) for seed in SEEDS if is_done(method, task, seed)] for task in TASKS]
+        success = [[100 * json.loads(file.read_text())["success"] for file in of_task] for of_task in files]
+        rows.append([method, *map(mean_and_interval, success)])
     write_table(RESULTS.with_suffix(".csv"), ["Success in %", *TASKS], rows)
 
 

@@ -163,6 +163,22 @@ def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
         print("|", " | ".join(row), "|")
 
 
+def mean_and_interval(values: Sequence[float], digits: int = 0) -> str:
+    """
+    :param values: One of each seed
+    :param digits: Number of decimals
+    :return: their mean, with its 95 % bootstrap interval if there are several, and their number
+    """
+    if len(values) == 0:
+        return ""
+    interval = ""
+    if len(values) > 1:
+        means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
+        low, high = np.quantile(means, (0.025, 0.975))
+        interval = f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{np.mean(values):.{digits}f}{interval} ({len(values)})"
+
+
 def provenance() -> dict[str, Any]:
     """Commit, versions and hardware."""
     packages = ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "mujoco", "numpy")
