@@ -629,7 +629,7 @@ def offline(device: str, quick: bool, official: Path | None) -> Row:
             rates = sorted(count / x for x in times[name])
             results[f"{method} updates/s, {name}, TF32"] = statistics.median(rates)
             results[f"{method} updates/s, {name}, TF32, from and to"] = [rates[0], rates[-1]]
-        print(f"  {results}", flush=True)
+            print(f"  {method}, {name}: {rates}", flush=True)
     th.set_float32_matmul_precision("highest")
     return results
 
