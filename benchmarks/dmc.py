@@ -10,7 +10,7 @@ runs whose file is there are not repeated, so that an interrupted benchmark goes
 Algorithms:
   fpo      hyperparams/fpo.yml
   dppo     hyperparams/dppo.yml
-  ppo      SB3's PPO with benchmarks/ppo.yml: the environments, rollouts, networks and width of exploration of FPO
+  ppo      SB3's PPO with benchmarks/ppo.yml: the environments, rollouts and networks of FPO
   ppo-zoo  SB3's PPO with the hyperparameters of rl-zoo3, on MuJoCo
 
 Tasks, with a million steps and five seeds but for what is said here (DPPO has three):

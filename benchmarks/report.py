@@ -192,7 +192,7 @@ def aggregates_table(runs: Runs, relative: bool) -> str:
                 cells += 4 * [""]
             rows.append([f"{NAMES[algo]}{', sampled' if mode == 'stochastic' else ''}", *cells])
     header = ["", "tasks", "IQM", "mean", "IQM / PPO's", "mean / PPO's", "P(better than PPO)", "ahead on"]
-    return table(header, rows) if rows else "One seed has no interval.\n"
+    return table(header, rows) if rows else "There are too few runs of PPO for a comparison.\n"
 
 
 def cost_table(runs: Runs) -> str:
@@ -300,8 +300,8 @@ TUNING = """\
 The hyperparameters of the DeepMind Control suite were found with seeds from 1000 on (``benchmarks/results/tuning``): on four
 of the ten tasks with 250,000 steps (``benchmarks/tune.py`` of commit abea70b), where PPO's were the best of 12 trials and
 FPO's the best of 8, and then by hand, with single runs of up to 1,000,000 steps: {dmc}, finished ones. What they have in
-common has the same values, but for ``vf_coef`` (FPO 0.25, PPO 0.5), and for ``ent_coef`` (FPO 0.02, and 0.06 on cartpole-
-balance; PPO 0.01). On MuJoCo the width of exploration and the entropy coefficient are others, chosen with seed 1000:
+common has the same values, but for ``vf_coef`` (FPO 0.25, PPO 0.5), for ``ent_coef`` (FPO 0.02, and 0.06 on cartpole-
+balance; PPO 0.01), and for the standard deviation that exploration starts with (FPO 0.76, PPO 0.86). On MuJoCo the width of exploration and the entropy coefficient are others, chosen with seed 1000:
 {mujoco}. DPPO has the values of FPO where they share something, and was not searched.
 """
 DMC_TEXT = """\
