@@ -26,6 +26,7 @@ ENV_ID = "cube-single-play-singletask-v0"
 NET_ARCH, ALPHA = [128] * 4, 300.0
 N_ROWS, STEPS, EVAL_FREQ, N_EVAL_EPISODES, N_Q_VALUES = 100_000, 50_000, 5_000, 50, 1_000
 SETTINGS = dict(
+    env=ENV_ID,
     net_arch=NET_ARCH,
     alpha=ALPHA,
     n_rows=N_ROWS,
@@ -92,6 +93,8 @@ def make_sb3_flow(env: Any, data: dict[str, np.ndarray], seed: int) -> Learner:
 
 def make_official(env: Any, data: dict[str, np.ndarray], seed: int) -> Learner:
     sys.path.insert(0, os.environ["FQL_CODE"])
+    # One core, as the other side has one thread
+    os.environ |= dict(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     import jax
     from agents.fql import FQLAgent, get_config
 

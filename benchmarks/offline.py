@@ -58,7 +58,9 @@ def settings(method: str, task: str) -> dict[str, Any]:
     """All that a result depends on."""
     from sb3_flow.zoo import FLOW_ALGOS
 
-    return dict(hyperparameters=hyperparameters(method, task), defaults=class_defaults(FLOW_ALGOS[METHODS[method][0]]))
+    evaluations = dict(number=N_EVALUATIONS, episodes=N_EVAL_EPISODES, last=N_LAST)
+    defaults = class_defaults(FLOW_ALGOS[METHODS[method][0]])
+    return dict(hyperparameters=hyperparameters(method, task), defaults=defaults, evaluations=evaluations)
 
 
 def result_file(method: str, task: str, seed: int) -> Path:

@@ -301,8 +301,9 @@ The hyperparameters of the DeepMind Control suite were found with seeds from 100
 of the ten tasks with 250,000 steps (``benchmarks/tune.py`` of commit abea70b), where PPO's were the best of 12 trials and
 FPO's the best of 8, and then by hand, with single runs of up to 1,000,000 steps: {dmc}, finished ones. What they have in
 common has the same values, but for ``vf_coef`` (FPO 0.25, PPO 0.5), for ``ent_coef`` (FPO 0.02, and 0.06 on cartpole-
-balance; PPO 0.01), and for the standard deviation that exploration starts with (FPO 0.76, PPO 0.86). On MuJoCo the width of exploration and the entropy coefficient are others, chosen with seed 1000:
-{mujoco}. DPPO has the values of FPO where they share something, and was not searched.
+balance; PPO 0.01), and for the standard deviation that exploration starts with (FPO 0.76, PPO 0.86). On MuJoCo the width of
+exploration and the entropy coefficient are others, chosen with seed 1000: {mujoco}. DPPO has the values of FPO where they
+share something, and was not searched.
 """
 DMC_TEXT = """\
 The ten tasks of the FPO paper, 1,000,000 steps. The paper has 1.137 times the mean of tuned PPO and 8 of 10 tasks ahead, with

@@ -168,6 +168,19 @@ def test_other_offline_methods_equal_the_eager_run(device, name):
     assert_close(*models, **(dict(rtol=1e-4, atol=1e-5) if device == "cpu" else dict(rtol=1e-3, atol=1e-4)))
     assert losses(models[1]) == pytest.approx(losses(models[0]), rel=1e-3, abs=1e-4)
     assert models[1]._graphs and not models[0]._graphs
+    assert all((update.function.graph is not None) is (device == "cuda") for _, update in models[1]._graphs.values())
+
+
+@pytest.mark.parametrize("make", [make_fql, partial(make_other, "FBRAC")])
+def test_a_features_extractor_that_is_shared(make):
+    models = [
+        make(compile=compiled, policy_kwargs=dict(net_arch=[16], share_features_extractor=True)) for compiled in (False, True)
+    ]
+    for model in models:
+        model.set_random_seed(0)
+        model.learn_offline(8)
+    assert_close(*models)
+    assert models[1]._graphs
 
 
 def test_only_cloned():
@@ -497,6 +510,10 @@ def test_state_of_an_optimizer(change):
     assert state.has_changed()
 
 
+def set_attribute(name, value, model):
+    setattr(model, name, value)
+
+
 def is_kept(model, change, more):
     """Whether the graphs of a model survive a change."""
     more(model)
@@ -529,10 +546,6 @@ FQL_CHANGES = {
 }
 
 
-def set_attribute(name, value, model):
-    setattr(model, name, value)
-
-
 FPO_CHANGES = {
     **{name: partial(set_attribute, name, value) for name, value in dict(
         ent_coef=0.1, vf_coef=1.0, max_grad_norm=1.0, bounds_loss_coef=0.5, ratio_type="averaged", trust_region="aspo",
@@ -561,6 +574,29 @@ def test_fql_is_captured_again_obstacle(name):
 @pytest.mark.parametrize("name", [*FPO_CHANGES])
 def test_fpo_is_captured_again_obstacle(name):
     assert not is_kept(make_fpo(n_epochs=1), FPO_CHANGES[name], lambda model: model.learn(48))
+
+
+@pytest.mark.filterwarnings("ignore:`compile=True`")
+@pytest.mark.parametrize("name", [*OTHERS])
+def test_other_offline_methods_are_captured_again_obstacle(name):
+    for argument, value in dict(alpha=0.3, expectile=0.3, rho=0.3, tau=0.3, normalize_q_loss=False).items():
+        model = make_other(name)
+        assert is_kept(model, lambda model: None, lambda model: model.learn_offline(1))
+        if argument in model.in_graph:
+            assert not is_kept(model, partial(set_attribute, argument, value), lambda model: model.learn_offline(1)), argument
+
+
+def test_another_number_of_samples_is_captured_again():
+    model = make_other("QC")
+    assert not is_kept(model, lambda model: model.policy.set_sampler(n_samples=3), lambda model: model.learn_offline(1))
+
+
+@pytest.mark.parametrize("algorithm", [FlowBC, IFQL])
+def test_a_sampler_that_no_update_calls(algorithm):
+    """It is no obstacle."""
+    settings = dict(compile=True, device="cpu", policy_kwargs=dict(net_arch=[16], sampler="midpoint"))
+    model = algorithm("MlpPolicy", "Pendulum-v1", make_dataset(), **settings)
+    assert model.learn_offline(2)._graphs
 
 
 @pytest.mark.parametrize("change", [lambda m: m.policy.set_sampler(n_flow_steps=3), lambda m: m.policy.set_sampler("sde")])
@@ -620,9 +656,11 @@ def test_all_that_a_graph_reads_of_a_model_is_compared(monkeypatch, algorithm):
         for model in models:
             model.learn_offline(3)
         others = {"policy", "offline_buffer", "dataset_kwargs", "device", *model.policy.network_names}
-        in_graph = {*algorithm.in_graph}
+        in_graph = {*model.in_graph}
         assert in_graph <= reads
-    assert {name for name in reads if name in vars(model)} <= in_graph | others
+    # (also what the class has for all of its models, such as the aggregation of QC)
+    data = {name for name in reads if name in vars(model) or type(getattr(algorithm, name, None)) in (int, float, str, bool)}
+    assert data <= in_graph | others
 
 
 # --- What is not captured

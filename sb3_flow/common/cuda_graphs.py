@@ -135,12 +135,16 @@ def _side_by_side() -> Iterator[None]:
         return x
 
     _side_streams = []
+    # Gradients of a parameter that come from several streams are waited for: there is nothing to warn of
+    warn = getattr(th.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda enabled: None)
+    warn(False)
     try:
         with saved_tensors_hooks(keep, lambda x: x):
             yield
         for stream in _side_streams:
             th.cuda.current_stream().wait_stream(stream)
     finally:
+        warn(True)
         _side_streams = None
 
 

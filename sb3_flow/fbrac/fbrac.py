@@ -186,8 +186,8 @@ class FBRAC(OfflineAlgorithm):
         :param batch: Transitions
         :return: the loss, and what is logged of it
         """
-        (critic_loss, q_values), bc_flow_loss, q_loss = in_parallel(
-            lambda: self._critic_loss(batch), lambda: self._bc_flow_losses(batch).mean(), lambda: self._q_loss(batch)
+        (critic_loss, q_values), (bc_flow_loss, q_loss) = in_parallel(
+            lambda: self._critic_loss(batch), lambda: (self._bc_flow_losses(batch).mean(), self._q_loss(batch))
         )
         return critic_loss + self.alpha * bc_flow_loss + q_loss, dict(
             critic_loss=critic_loss, bc_flow_loss=bc_flow_loss, q_loss=q_loss, q_mean=q_values.mean()

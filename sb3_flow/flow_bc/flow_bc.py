@@ -39,10 +39,10 @@ class FlowBC(OfflineAlgorithm):
     :param random_crop: Padding of the random crops that images are augmented with, in pixels
         (the authors use 3), no augmentation if 0
     :param random_crop_probability: Share of the batches that are augmented
-    :param compile: On CUDA, run each update and the drawing of its batch as one captured graph: the same numbers, but for
-        rounding. The device is then waited for, and losses are recorded, when logs are written. What cannot be captured
-        (networks and optimizers of your own, ...) runs as without it, with a warning that names it. On a CPU there are no
-        graphs. It makes no difference to what is saved.
+    :param compile: On CUDA, run each update (and the drawing of its batch, if nothing is done to it at random) as one captured
+        graph: the same numbers, but for rounding. The device is then waited for, and losses are recorded, when logs are
+        written. What cannot be captured (networks and optimizers of your own, ...) runs as without it, with a warning that
+        names it. On a CPU there are no graphs. It makes no difference to what is saved.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -62,6 +62,7 @@ class FlowBC(OfflineAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     in_graph = ("chunk_size", "gamma")
+    samples_in_update = False
     can_clone = True
     learns_online = False
     policy: FlowBCPolicy

@@ -95,6 +95,7 @@ class IFQL(OfflineAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     in_graph = ("expectile", "q_agg", "rho", "gamma", "tau")
+    samples_in_update = False
     policy: IFQLPolicy
     value: ValueNetwork
 

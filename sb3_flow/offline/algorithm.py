@@ -124,6 +124,8 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     #: Arguments that the captured graph of an update depends on, beside the dataset, the policy and its optimizer. A class has
     #: its own, or its updates are not known to be captured.
     in_graph: ClassVar[tuple[str, ...]] = ()
+    #: Whether an update samples the flow
+    samples_in_update: ClassVar[bool] = True
     #: Whether a dataset without rewards can be cloned, and whether it can go on online
     can_clone: ClassVar[bool] = False
     learns_online: ClassVar[bool] = True
@@ -640,7 +642,7 @@ class OfflineAlgorithm(CheckedLoad, DistributedOffPolicyAlgorithm):
     def _find_obstacle(self) -> str | None:
         if self._has_replaced_methods():
             return f"{type(self).__name__} is an algorithm of its own"
-        if self.bc_flow.sampler not in CAPTURED_SAMPLERS:
+        if self.samples_in_update and self.bc_flow.sampler not in CAPTURED_SAMPLERS:
             return f'the sampler "{self.bc_flow.sampler}" waits for the device'
         if type(self.policy) not in self.policy_aliases.values():
             return f"{type(self.policy).__name__} is a policy of its own"
