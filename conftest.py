@@ -22,6 +22,7 @@ from sybil import Example, Sybil
 from sybil.parsers import markdown, rest
 
 from sb3_flow.offline.algorithm import OfflineAlgorithm
+from sb3_flow.offline.policies import OfflinePolicy
 
 ROOT = Path(__file__).parent
 N_STEPS, SHORT_ROLLOUT = 3, 16
@@ -108,6 +109,7 @@ def few_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
     setup = OnPolicyAlgorithm._setup_model
     monkeypatch.setattr(OnPolicyAlgorithm, "_setup_model", setup_model)
+    monkeypatch.setattr(OfflinePolicy, "DEFAULT_NET_ARCH", [64, 64])
     shorten(OnPolicyAlgorithm, "learn", "total_timesteps")
     shorten(OffPolicyAlgorithm, "learn", "total_timesteps")
     shorten(OfflineAlgorithm, "_learn_offline", "gradient_steps")

@@ -69,7 +69,11 @@ def postgresql():
 
 @pytest.mark.parametrize(
     ("storage", "fate"),
-    [("journal", "killed"), ("journal", "suspended"), pytest.param("postgresql", "killed", marks=pytest.mark.slow)],
+    [
+        ("journal", "killed"),
+        pytest.param("journal", "suspended", marks=pytest.mark.slow),
+        pytest.param("postgresql", "killed", marks=pytest.mark.slow),
+    ],
 )
 def test_worker_disappears(storage, fate, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
