@@ -84,11 +84,7 @@ def make_sb3_flow(env: Any, data: dict[str, np.ndarray], seed: int) -> Learner:
         with th.no_grad():
             return model.critic(th.as_tensor(observations), th.as_tensor(actions)).mean(dim=0).numpy()
 
-    return Learner(
-        update,
-        lambda obs: model.predict(obs)[0],
-        q_values,
-    )
+    return Learner(update, lambda obs: model.predict(obs)[0], q_values)
 
 
 def make_official(env: Any, data: dict[str, np.ndarray], seed: int) -> Learner:
@@ -96,21 +92,18 @@ def make_official(env: Any, data: dict[str, np.ndarray], seed: int) -> Learner:
     # One core, as the other side has one thread
     os.environ |= dict(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     import jax
-    from agents.fql import FQLAgent, get_config
+    from official_fql import create_agent
 
-    config = get_config()
-    config["actor_hidden_dims"] = config["value_hidden_dims"] = tuple(NET_ARCH)
-    config["alpha"] = ALPHA
     # As their main.py does
     data = data | dict(actions=np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5))
-    rng, agent = np.random.default_rng(seed), FQLAgent.create(seed, data["observations"][:1], data["actions"][:1], config)
+    rng, agent = np.random.default_rng(seed), create_agent("fql", NET_ARCH, data, alpha=ALPHA, seed=seed)
     key = jax.random.PRNGKey(seed)
     columns = ("observations", "next_observations", "actions", "rewards", "masks")
 
     def update(n: int) -> None:
         nonlocal agent
         for _ in range(n):
-            rows = rng.integers(len(data["rewards"]), size=config["batch_size"])
+            rows = rng.integers(len(data["rewards"]), size=agent.config["batch_size"])
             agent, _ = agent.update({name: data[name][rows] for name in columns})
 
     def act(obs: np.ndarray) -> np.ndarray:

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import importlib
 import json
 import statistics
 import subprocess
@@ -530,17 +529,12 @@ def make_official(path: Path, name: str = "fql") -> tuple[Callable[[int], None],
     # (for distributions that FQL does not have; to mypy, a module is no other class)
     sys.modules.setdefault("distrax", types.SimpleNamespace(Transformed=object))  # type: ignore[arg-type]
     import jax
+    from official_fql import create_agent
 
-    module = importlib.import_module(f"agents.{name}")
     rng = np.random.default_rng(0)
     data = {name: dataset()[name] for name in ("observations", "next_observations", "actions", "rewards")}
     data["masks"] = np.ones(N_ROWS, np.float32)
-    config = module.get_config()
-    config["actor_hidden_dims"] = config["value_hidden_dims"] = tuple(NET)
-    config["batch_size"] = BATCH
-    if name == "fql":
-        config["alpha"] = 300.0
-    agent = getattr(module, f"{name.upper()}Agent").create(0, data["observations"][:1], data["actions"][:1], config)
+    agent = create_agent(name, NET, data, BATCH)
 
     def batch() -> dict[str, np.ndarray]:
         rows = rng.integers(N_ROWS, size=BATCH)
